@@ -1,0 +1,71 @@
+"""Exercise 40: rotary positions (RoPE).
+
+A query and a key should know how far apart they are, and nothing else of where they stand.
+So each pair of features is a point in the plane, turned by an angle that grows with the
+position. A dot product of two turned points depends on the difference of their angles:
+
+    (a, b) → (a cos mθᵢ − b sin mθᵢ,  a sin mθᵢ + b cos mθᵢ),    θᵢ = theta^(−2i / head_dim)
+
+for pair i = 0 … head_dim/2 − 1 at position m. Two layouts say which features are a pair:
+
+    interleaved  (x₀, x₁), (x₂, x₃), …             the paper, and the weights in GGUF files
+    half         (x₀, x_d/2), (x₁, x_d/2+1), …     Llama as in transformers
+
+Everything here takes NumPy arrays and PyTorch tensors alike.
+
+Source: Su et al. 2021, "RoFormer", eqs. 13-15 and 34, https://arxiv.org/abs/2104.09864
+"""
+
+from types import ModuleType
+
+import numpy as np
+import torch
+
+Array = np.ndarray | torch.Tensor
+
+
+def rope_frequencies(head_dim: int, theta: float = 10_000.0, xp: ModuleType = torch) -> Array:
+    """Give the angle by which each pair of features turns from one position to the next.
+
+    head_dim: even; an odd one raises ValueError
+    theta:    the base; the larger it is, the slower the last pairs turn
+    xp:       the library to make the array with: torch or numpy
+    returns:  (head_dim // 2,) float64, radians per position
+    """
+    raise NotImplementedError("exercise 40 is not written yet")
+
+
+def apply_rope_interleaved(x: Array, positions: Array, frequencies: Array) -> Array:
+    """Turn the pairs (x₀, x₁), (x₂, x₃), … of each vector by its position.
+
+    x:           (..., seq_len, head_dim) floating, queries or keys
+    positions:   (..., seq_len) integer, whose leading dimensions broadcast to x's:
+                 (seq_len,) for all alike, (batch, 1, seq_len) for each sequence its own
+    frequencies: (head_dim // 2,) radians per position
+    returns:     like x, which stays as it was
+
+    x, positions and frequencies are all tensors or all arrays. The angles have the dtype
+    of frequencies, whatever that of x is: in bfloat16, position 1001 would be 1000.
+    """
+    raise NotImplementedError("exercise 40 is not written yet")
+
+
+def apply_rope_half(x: Array, positions: Array, frequencies: Array) -> Array:
+    """Turn the pairs (x₀, x_d/2), (x₁, x_d/2+1), … of each vector by its position.
+
+    All else as in apply_rope_interleaved.
+    """
+    raise NotImplementedError("exercise 40 is not written yet")
+
+
+def interleaved_to_half(weight: Array, head_dim: int) -> Array:
+    """Reorder the rows of a query or key projection, so that the half layout fits it.
+
+    weight:   (n_heads * head_dim, ...) rows are output features, head by head;
+              a bias (n_heads * head_dim,) as well. Each head's are interleaved pairs.
+    returns:  the same shape, the pairs of each head in the half layout
+
+    Queries and keys that are reordered alike keep their dot products, so a model whose
+    weights are reordered once, as it is loaded, attends as before with apply_rope_half.
+    """
+    raise NotImplementedError("exercise 40 is not written yet")

@@ -1,0 +1,44 @@
+"""Exercise 31: scaled dot-product attention.
+
+A query asks every key how well they match. The answers become weights that sum
+to one, and the result is the average of the values under those weights:
+
+    attention(q, k, v) = softmax(q kᵀ / √head_dim) v
+
+Source: Vaswani et al. 2017, "Attention Is All You Need", eq. 1,
+    https://arxiv.org/abs/1706.03762
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def scaled_dot_product_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """Average the values, weighted by how well each key matches each query.
+
+    q:       (..., n_queries, head_dim) floating point of any precision
+    k:       (..., n_keys, head_dim)
+    v:       (..., n_keys, value_dim)
+    mask:    (..., n_queries, n_keys) bool, True where a query may see a key
+    returns: (..., n_queries, value_dim), dtype of q
+
+    Leading dimensions broadcast, and so do those of the mask that are 1. Scores of any
+    size give finite results. Every query may see at least one key. A mask that is not
+    bool raises TypeError: float masks follow another convention, and confusing the two
+    fails silently.
+    """
+    # solution
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(f"mask must be bool, got {mask.dtype}")
+
+    # A sum of head_dim products of unit variance has variance head_dim. Dividing by
+    # its root keeps the softmax off its flat ends, where gradients vanish.
+    scores = q @ k.mT / math.sqrt(q.shape[-1])  # (..., n_queries, n_keys)
+    if mask is not None:
+        # Before the softmax: zeroing weights after it would break their sum.
+        scores = scores.masked_fill(~mask, -math.inf)
+    return torch.softmax(scores, dim=-1) @ v

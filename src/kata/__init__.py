@@ -1,0 +1,1 @@
+"""tensor-kata: the runner of ninety-nine katas."""

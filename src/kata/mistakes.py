@@ -1,0 +1,129 @@
+"""Known mistakes and accepted versions: the reference with a few words changed. Names a mistake."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import tomllib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import msgspec
+
+from kata import wire
+from kata.attempt import Attempted, Done
+from kata.catalog import Exercise
+from kata.testing import compare
+
+Replay = Callable[["Variant | None", Attempted], list[Done]]
+
+
+class BadMistakes(ValueError):
+    """A mistakes file that does not fit its solution; the message has file and text."""
+
+
+class Variant(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A version of the solution: `swap` lists (old text, new text)."""
+
+    says: str
+    swap: tuple[tuple[str, str], ...]
+
+
+class Variants(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    mistake: tuple[Variant, ...] = ()
+    accept: tuple[Variant, ...] = ()
+
+
+def load(exercise: Exercise) -> Variants:
+    """The mistakes and the accepted versions of an exercise."""
+    path = exercise.mistakes
+    if not path.exists():
+        return Variants()
+    try:
+        return msgspec.convert(tomllib.loads(path.read_text("utf-8")), Variants)
+    except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
+        raise BadMistakes(f"{path}: {error}") from error
+
+
+def swapped(exercise: Exercise, variant: Variant) -> str:
+    """The source of a version. Each old text must occur exactly once in the solution."""
+    source = exercise.solution.read_text("utf-8")
+    for old, _ in variant.swap:
+        count = source.count(old)
+        if count != 1:
+            raise BadMistakes(
+                f'{exercise.mistakes}: "{variant.says}" swaps {old!r}, which stands {count} '
+                f"times in {exercise.solution.name}; it must stand there exactly once"
+            )
+    for old, new in variant.swap:
+        source = source.replace(old, new)
+    return source
+
+
+def write(exercise: Exercise, variant: Variant) -> Path:
+    """The version as a real file (Triton and tracebacks need one), named by what it holds."""
+    source = swapped(exercise, variant).encode()
+    digest = hashlib.sha256(source).hexdigest()[:16]
+    path = exercise.root / ".cache" / "kata" / digest / f"{exercise.stem}.py"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(source)
+    return path
+
+
+def recognise(
+    variants: Iterable[Variant],
+    record: list[Attempted],
+    failed: list[str],
+    replay: Replay,
+    seconds: float = 10.0,
+) -> list[Variant]:
+    """The known mistakes that give what the learner's code gave.
+
+    A mistake is it if it gives the same results in every attempt of the run, where the reference
+    does not; failing that, in every attempt of one failed spec. `replay(None, …)` is the reference.
+    Gives up, with nothing, after `seconds`.
+    """
+    end = time.monotonic() + seconds
+    done: dict[tuple[Variant | None, int], bool] = {}
+
+    def agrees(variant: Variant | None, which: list[int]) -> bool:
+        for i in which:
+            if (variant, i) not in done:
+                if time.monotonic() > end:
+                    raise TimeoutError
+                done[variant, i] = same(replay(variant, record[i]), record[i].done)
+            if not done[variant, i]:
+                return False
+        return True
+
+    def cost(i: int) -> tuple[bool, float]:
+        return record[i].spec not in failed, max(d.seconds for d in record[i].done)
+
+    groups = [sorted(range(len(record)), key=cost)]
+    groups += [[i for i in groups[0] if record[i].spec == spec] for spec in failed]
+    variants = list(variants)
+    try:
+        for group in groups:
+            found = [v for v in variants if group and agrees(v, group)]
+            if found and not agrees(None, group):
+                return found
+    except TimeoutError:
+        pass
+    return []
+
+
+def same(a: list[Done], b: list[Done]) -> bool:
+    """Whether two outcomes are alike: the same kind of error, or results equal up to rounding."""
+    if len(a) != len(b):
+        return False
+    for x, y in zip(a, b, strict=True):
+        if (x.problem is None) != (y.problem is None):
+            return False
+        if x.problem and y.problem and x.problem.types[0] != y.problem.types[0]:
+            return False
+        if x.changed != y.changed:
+            return False
+        if not x.problem and compare(wire.decode(x.result), wire.decode(y.result), slack=10.0):
+            return False
+    return True

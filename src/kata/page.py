@@ -1,0 +1,89 @@
+"""progress.md as bytes: a page that is the learner's, with one table in it that is not.
+
+Nothing here decodes the page, so that whatever stands outside the table survives byte for byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+BEGIN = b"<!-- kata: this table is made from .kata/runs.jsonl; write above or below it -->"
+END = b"<!-- kata: end of the table -->"
+HEAD = ("| Exercise | State | Specs | Tries | First | Last |", "|:--|:--|--:|--:|:--|:--|")
+FRESH = b"""# Progress
+
+Each run of an exercise is kept in `.kata/runs.jsonl`, and this table is made from that. All else
+on this page is yours and stays as you write it. `kata note 31 "what I learned"` adds a dated line
+at its end.
+
+%s
+%s
+
+## Notes
+
+""" % (BEGIN, END)
+
+
+def remade(old: bytes, rows: Sequence[str], item: Sequence[str] = ()) -> bytes:
+    """The page with a table of these rows, and one more list item at its end if there is one.
+
+    old:  the page as it is; an empty one is written afresh
+    rows: what goes below the table's head; each begins with "|"
+    item: the lines of a list item
+    """
+    old = old or FRESH
+    eol = b"\r\n" if 2 * old.count(b"\r\n") > old.count(b"\n") else b"\n"
+    above, below = _around(old)
+    table = [BEGIN, *(row.encode() for row in (*HEAD, *rows)), END]
+    page = _ended(above, eol) + eol.join(table) + eol + below
+    if item:
+        # An argument that was not UTF-8 came as escaped surrogates, and goes back to its bytes.
+        lines = [line.encode("utf-8", "surrogateescape") for line in item]
+        page = _ended(page, eol) + eol.join(lines) + eol
+    return page
+
+
+def _ended(text: bytes, eol: bytes) -> bytes:
+    return text + eol if text and not text.endswith((b"\n", b"\r")) else text
+
+
+def _around(old: bytes) -> tuple[bytes, bytes]:
+    """What stands above the table and what stands below it.
+
+    A marker that is a line of its own is taken away wherever it stands. Rows are taken away where
+    they are surely the table's: from one marker to the other or, where no such pair is left, below
+    the table's own head. Any other text that came to stand among the rows goes below the table.
+    """
+    lines = old.splitlines(keepends=True)
+    words = [line.rstrip() for line in lines]
+    marks = [i for i, word in enumerate(words) if word in (BEGIN, END)]
+    pairs = [(i, j) for i, j in pairwise(marks) if (words[i], words[j]) == (BEGIN, END)]
+    pairs = pairs or _unmarked(words)
+    dropped = set(marks).union(*(_rows(words, first, last) for first, last in pairs))
+    if pairs or marks:
+        place = pairs[0][0] if pairs else marks[0]
+    else:
+        place = int(old.startswith((b"# ", b"\xef\xbb\xbf")))  # below a title or a byte order mark
+    above = [line for i, line in enumerate(lines) if i < place and i not in dropped]
+    below = [line for i, line in enumerate(lines) if i >= place and i not in dropped]
+    return b"".join(above), b"".join(below)
+
+
+def _rows(words: Sequence[bytes], first: int, last: int) -> set[int]:
+    """Which of these lines are the table's: rows, and blank ones outside any other text."""
+    inside = range(first, last + 1)
+    rows = {i for i in inside if words[i].lstrip().startswith(b"|")}
+    text = [i for i in inside if i not in rows and words[i] not in (b"", BEGIN, END)]
+    return rows.union(i for i in inside if not text or not text[0] <= i <= text[-1])
+
+
+def _unmarked(words: Sequence[bytes]) -> list[tuple[int, int]]:
+    """The first and last line of the first table that has our head, if there is one."""
+    head = HEAD[0].encode()
+    if head not in words:
+        return []
+    first = last = words.index(head)
+    while last + 1 < len(words) and words[last + 1].startswith(b"|"):
+        last += 1
+    return [(first, last)]

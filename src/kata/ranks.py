@@ -1,0 +1,231 @@
+"""The same attempt on n ranks of one process group.
+
+A process that has imported torch but run nothing forks the ranks (see `RankServer`): they meet
+through a file and are there in a tenth of a second. A rank that dies, or ranks that wait for each
+other, end the attempt, and the problem says which rank waited on which line.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import re
+import signal
+import sys
+import tempfile
+import time
+from contextlib import suppress
+from multiprocessing.connection import Connection, Pipe, wait
+from pathlib import Path
+from typing import TextIO
+
+import msgspec
+import torch
+import torch.distributed as dist
+
+from kata import attempt as attempts
+from kata.attempt import Done, Frame, Problem
+
+LIMIT = 30.0  # seconds for an attempt
+STILL = 1.5  # seconds without any work on any rank: they wait for each other
+GRACE = 0.5  # seconds for the others once a rank has failed
+
+
+class Job(msgspec.Struct):
+    """`run` of the spec file, on the module of a file, on n ranks. No module: on None."""
+
+    n: int
+    spec: str
+    module: str | None
+    parts: str
+    run: str
+    call: bytes
+    seed: int
+    limit: float = LIMIT
+
+
+class RankServer:
+    """Forks ranks on request. Start it before this process runs anything in torch or JAX."""
+
+    def __init__(self) -> None:
+        self._connection, theirs = Pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._connection.close()
+            try:
+                _serve(theirs)
+            finally:
+                os._exit(0)
+        theirs.close()
+
+    def run(self, job: Job) -> list[Done]:
+        """One result a rank."""
+        self._connection.send_bytes(msgspec.msgpack.encode(job))
+        return msgspec.msgpack.decode(self._connection.recv_bytes(), type=list[Done])
+
+    def close(self) -> None:
+        """End the server, and with it whatever rank is left."""
+        self._connection.close()
+        os.waitpid(self.pid, 0)
+
+
+def _serve(requests: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches our parent, and we end with it
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    while True:
+        try:
+            job = msgspec.msgpack.decode(requests.recv_bytes(), type=Job)
+        except EOFError:
+            return
+        with tempfile.TemporaryDirectory(prefix="kata-ranks-") as folder:
+            ranks: list[_Rank] = []
+            try:
+                for rank in range(job.n):
+                    ranks.append(_Rank(job, rank, Path(folder), ranks))
+                done = _collect(ranks, job, requests)
+            finally:
+                for each in ranks:
+                    each.end()
+        if done is None:
+            return
+        requests.send_bytes(msgspec.msgpack.encode(done))
+
+
+class _Rank:
+    """A forked rank, seen from its parent."""
+
+    def __init__(self, job: Job, rank: int, folder: Path, earlier: list[_Rank]) -> None:
+        self.rank, self.job, self.stack = rank, job, folder / f"stack-{rank}"
+        self.done: Done | None = None
+        self.connection, theirs = Pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            for each in (self, *earlier):  # else a rank would outlive its parent
+                each.connection.close()
+            try:
+                _be(job, rank, folder, theirs)
+            finally:
+                os._exit(0)
+        theirs.close()
+
+    def receive(self) -> None:
+        try:
+            self.done = msgspec.msgpack.decode(self.connection.recv_bytes(), type=Done)
+        except EOFError:
+            _, status = os.waitpid(self.pid, 0)
+            self.pid = 0
+            how = (
+                f"was ended by {signal.Signals(os.WTERMSIG(status)).name}"
+                if os.WIFSIGNALED(status)
+                else f"left with status {os.WEXITSTATUS(status)}"
+            )
+            message = f"rank {self.rank} {how} and gave no result"
+            self.done = Done(problem=Problem(["RankDied", "RuntimeError"], message, rank=self.rank))
+
+    def cpu_time(self) -> str:
+        """Ticks of work so far; a new value each time while it runs, or where nobody can tell."""
+        try:
+            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return str(time.monotonic())
+        return str(time.monotonic()) if fields[0] in "RD" else f"{fields[11]} {fields[12]}"
+
+    def stuck(self, why: str) -> Done:
+        """A problem that says on which line this rank waits."""
+        os.kill(self.pid, signal.SIGUSR1)
+        frames: list[Frame] = []
+        for _ in range(50):
+            time.sleep(0.01)
+            if self.stack.exists() and (frames := _frames(self.stack.read_text())):
+                break
+        own = {self.job.module, self.job.spec}
+        at = next((f for f in frames if f.file == self.job.module), None)
+        at = at or next((f for f in frames if f.file in own), None)
+        names = [f.function for f in frames if "/torch/distributed/" in f.file]
+        names = [n for n in names if not n.startswith("_") and n != "wrapper"]
+        where = f" in {names[0]}" if names else ""
+        if at is not None:
+            where += f", {Path(at.file).name}:{at.line} ({at.function})"
+        message = f"rank {self.rank} waits{where}: {why}"
+        types = ["RankWaits", "TimeoutError", "OSError", "Exception"]
+        return Done(problem=Problem(types, message, [at] if at else [], self.rank))
+
+    def end(self) -> None:
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        self.connection.close()
+
+
+def _collect(ranks: list[_Rank], job: Job, requests: Connection) -> list[Done] | None:
+    """Wait for all, or until waiting has no sense. None if nobody asks any more."""
+    end = time.monotonic() + job.limit
+    seen, still_since = "", time.monotonic()
+    why = f"not done after {job.limit:g} s"
+    while waiting := [r for r in ranks if r.done is None]:
+        now = time.monotonic()
+        if now > end:
+            break
+        work = " ".join(r.cpu_time() for r in waiting)
+        if work != seen:
+            seen, still_since = work, now
+        elif now - still_since > STILL:
+            why = "the ranks wait for each other"
+            break
+        ready = wait([requests, *(r.connection for r in waiting)], timeout=0.1)
+        if requests in ready:
+            return None
+        for rank in waiting:
+            if rank.connection in ready:
+                rank.receive()
+                if rank.done and rank.done.problem:
+                    end = min(end, time.monotonic() + GRACE)
+                    why = f"rank {rank.rank} failed"
+    for rank in ranks:
+        if rank.done is None:
+            rank.done = rank.stuck(why)
+    return [r.done for r in ranks if r.done]
+
+
+def _frames(dump: str) -> list[Frame]:
+    """faulthandler's lines, innermost first."""
+    pattern = r'File "(.+)", line (\d+) in (.+)'
+    return [Frame(m[1], int(m[2]), m[3], "") for m in re.finditer(pattern, dump)]
+
+
+def _be(job: Job, rank: int, folder: Path, parent: Connection) -> None:
+    """The life of a rank."""
+    stack: TextIO = open(folder / f"stack-{rank}", "w")  # noqa: SIM115 (open as long as we live)
+    faulthandler.register(signal.SIGUSR1, file=stack, all_threads=False)
+    for name in ("stdout", "stderr"):
+        getattr(sys, name).flush()
+    torch.set_num_threads(1)
+    try:
+        device = _join(job.n, rank, folder)
+        attempts.use_parts(Path(job.parts))
+        spec = attempts.load(Path(job.spec), Path(job.spec).stem)
+        attempts.forbid(getattr(spec, "WITHOUT", ()))
+        module = attempts.load(Path(job.module)) if job.module else None
+        done, _ = attempts.perform(getattr(spec, job.run), module, job.call, job.seed, device)
+    except (Exception, SystemExit) as error:
+        done = Done(problem=attempts.problem(error, {str(job.module)}, rank))
+    if done.problem:
+        done.problem.rank = rank
+    parent.send_bytes(msgspec.msgpack.encode(done))
+    with suppress(EOFError, OSError):
+        parent.recv_bytes()  # others may still need us: stay until the parent ends us
+
+
+def _join(n: int, rank: int, folder: Path) -> str:
+    """Enter the process group; returns the device of this rank."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(n), LOCAL_RANK=str(rank))
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    store = dist.FileStore(  # type: ignore[attr-defined]
+        str(folder / "store"), n
+    )
+    if torch.cuda.device_count() >= n:
+        torch.cuda.set_device(rank)
+        dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=rank, world_size=n)
+        return f"cuda:{rank}"
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=n)
+    return "cpu"

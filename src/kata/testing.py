@@ -1,0 +1,266 @@
+"""What specs share: assert_close, and a few counters of cost."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+import numpy as np
+import torch
+
+# torch.testing's defaults: (rtol, atol) by dtype. Integers, bools and strings must be equal.
+TOLERANCES = {
+    "float16": (1e-3, 1e-5),
+    "bfloat16": (1.6e-2, 1e-5),
+    "float32": (1.3e-6, 1e-5),
+    "float64": (1e-7, 1e-7),
+    "complex64": (1.3e-6, 1e-5),
+    "complex128": (1e-7, 1e-7),
+}
+
+
+class Mismatch(AssertionError):
+    """Yours is not what was expected. `cause` is one of kind, keys, shape, dtype, finite, values.
+
+    `detail` holds what a verdict shows: yours, expected (one line each), and for values also
+    n_wrong, n_all, index, yours_there, expected_there, largest.
+    """
+
+    def __init__(self, cause: str, sentence: str, detail: dict[str, Any]) -> None:
+        self.cause, self.sentence, self.detail = cause, sentence, detail
+        lines = [sentence]
+        if "index" in detail:
+            lines.append(
+                f"  first at {detail['index'] or 'the number itself'}: "
+                f"yours {detail['yours_there']}, expected {detail['expected_there']}"
+            )
+        lines += [f"  yours     {detail['yours']}", f"  expected  {detail['expected']}"]
+        super().__init__("\n".join(lines))
+
+
+def assert_close(
+    actual: Any, expected: Any, *, rtol: float | None = None, atol: float | None = None
+) -> None:
+    """Fail unless `actual` has the kind, shape, dtype and values of `expected`.
+
+    Takes tensors, arrays, numbers, strings, None and containers of them. Values are compared in
+    float64: |actual − expected| ≤ atol + rtol·|expected|, by default with torch's tolerances for the
+    coarser dtype of the two. NaN equals NaN and inf equals inf, in the same places. Name a wider
+    tolerance only with its reason.
+    """
+    __tracebackhide__ = True
+    mismatch = compare(actual, expected, rtol, atol)
+    if mismatch is not None:
+        raise mismatch
+
+
+def compare(
+    actual: Any,
+    expected: Any,
+    rtol: float | None = None,
+    atol: float | None = None,
+    where: str = "",
+    slack: float = 1.0,
+) -> Mismatch | None:
+    """The first difference, or None. `slack` multiplies the default tolerances."""
+    if isinstance(expected, dict) and isinstance(actual, dict):
+        if actual.keys() != expected.keys():
+            return _differ(
+                "keys",
+                where,
+                "has other keys",
+                sorted(map(str, actual)),
+                sorted(map(str, expected)),
+            )
+        pairs = [(f"{where}[{k!r}]", actual[k], v) for k, v in expected.items()]
+    elif isinstance(expected, (list, tuple)) and isinstance(actual, (list, tuple)):
+        if len(actual) != len(expected):
+            return _differ("shape", where, "has another length", len(actual), len(expected))
+        pairs = [
+            (f"{where}[{i}]", a, e) for i, (a, e) in enumerate(zip(actual, expected, strict=True))
+        ]
+    elif _kind(actual) != _kind(expected):
+        return _differ(
+            "kind",
+            where,
+            f"is {_kind(actual)}, not {_kind(expected)}",
+            summary(actual),
+            summary(expected),
+        )
+    elif _kind(expected) in ("a tensor", "an array", "a number"):
+        return _compare_values(actual, expected, rtol, atol, where, slack)
+    elif actual != expected:
+        return _differ("values", where, "is another value", summary(actual), summary(expected))
+    else:
+        return None
+    return next((m for w, a, e in pairs if (m := compare(a, e, rtol, atol, w, slack))), None)
+
+
+def _compare_values(
+    actual: Any, expected: Any, rtol: float | None, atol: float | None, where: str, slack: float
+) -> Mismatch | None:
+    shown = summary(actual), summary(expected)
+    if _shape(actual) != _shape(expected):
+        return _differ(
+            "shape", where, f"has shape {_shape(actual)}, expected {_shape(expected)}", *shown
+        )
+    # A Python number has no dtype of its own, but a whole number is no substitute for a truth value.
+    both_typed = not (
+        type(actual) in (int, float, complex) or type(expected) in (int, float, complex)
+    )
+    if both_typed and _dtype(actual) != _dtype(expected):
+        return _differ(
+            "dtype", where, f"has dtype {_dtype(actual)}, expected {_dtype(expected)}", *shown
+        )
+
+    a, e = _wide(actual), _wide(expected)
+    default = [TOLERANCES.get(_dtype(x), (0.0, 0.0)) for x in (actual, expected)]
+    rtol = slack * max(d[0] for d in default) if rtol is None else rtol
+    atol = slack * max(d[1] for d in default) if atol is None else atol
+    with np.errstate(all="ignore"):
+        same = (a == e) | (np.isnan(a) & np.isnan(e))
+        error = np.abs(a - e)
+        good = same | (np.isfinite(a) & np.isfinite(e) & (error <= atol + rtol * np.abs(e)))
+    if good.all():
+        return None
+
+    bad_kind = np.isfinite(a) != np.isfinite(e)
+    bad_kind |= np.isnan(a) != np.isnan(e)
+    cause = "finite" if bad_kind.any() else "values"
+    wrong = bad_kind if bad_kind.any() else ~good
+    index = tuple(int(i) for i in np.argwhere(wrong)[0])
+    n_wrong, n_all = int(wrong.sum()), int(wrong.size)
+    if cause == "finite":
+        what = "NaN" if np.isnan(a[index]) else "infinite" if np.isinf(a[index]) else "finite"
+        sentence = f"{n_wrong} of {n_all} elements are {what} where they should not be"
+        sentence = sentence if n_all > 1 else f"is {what} where it should not be"
+    else:
+        sentence = f"{n_wrong} of {n_all} elements differ" if n_all > 1 else "differs"
+    there = np.asarray(_numpy(actual))[index], np.asarray(_numpy(expected))[index]
+    largest = float(np.nanmax(np.where(np.isfinite(error), error, 0.0))) if error.size else 0.0
+    return _differ(
+        cause, where, sentence, *shown, index=list(index), n_wrong=n_wrong, n_all=n_all,
+        yours_there=_number(there[0]), expected_there=_number(there[1]), largest=largest,
+    )  # fmt: skip
+
+
+def _differ(
+    cause: str, where: str, sentence: str, yours: Any, expected: Any, **more: Any
+) -> Mismatch:
+    name = f"the result{where}"
+    if not sentence[0].isdigit():
+        sentence = f"{name} {sentence}"
+    elif where:
+        sentence = f"in {name}, {sentence}"
+    return Mismatch(cause, sentence, {"yours": str(yours), "expected": str(expected), **more})
+
+
+def summary(data: Any, values: bool = True) -> str:
+    """One line: dtype, shape, range, mean and spread; small values in full.
+
+    Without `values`, tensors and arrays show their dtype and shape alone.
+    """
+    kind = _kind(data)
+    if kind in ("a tensor", "an array"):
+        shape, array = _shape(data), _numpy(data)
+        head = f"{_dtype(data)}{list(shape)}" if shape else f"{_dtype(data)}"
+        if not values:
+            return head
+        if array.size == 0:
+            return f"{head} (empty)"
+        if array.dtype.kind in "OUS":
+            return head
+        if array.size <= 8:
+            text = np.array2string(
+                array, precision=4, separator=", ", threshold=8, max_line_width=400
+            )
+            return f"{head} {' '.join(text.split())}"
+        if array.dtype == bool:
+            return f"{head} {int(array.sum())} of {array.size} true"
+        if array.dtype.kind == "c":
+            return head
+        finite = array[np.isfinite(array)].astype(np.float64)
+        odd = array.size - finite.size
+        text = (
+            f"{head} in [{_number(finite.min())}, {_number(finite.max())}]" if finite.size else head
+        )
+        if finite.size:
+            text += f" μ {_number(finite.mean())} σ {_number(finite.std())}"
+        return text + (f", {odd} not finite" if odd else "")
+    if isinstance(data, (list, tuple)):
+        brackets = "[]" if isinstance(data, list) else "()"
+        inner = ", ".join(summary(x, values) for x in data[:4]) + (", …" if len(data) > 4 else "")
+        return f"{brackets[0]}{inner}{brackets[1]}"
+    if isinstance(data, dict):
+        inner = ", ".join(f"{k!r}: {summary(v, values)}" for k, v in list(data.items())[:4])
+        return "{" + inner + (", …" if len(data) > 4 else "") + "}"
+    if kind == "a number":
+        return _number(data)
+    text = repr(data)
+    return text if len(text) <= 80 else text[:79] + "…"
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, (bool, np.bool_)):
+        return str(bool(value))
+    if isinstance(value, numbers.Integral):
+        return str(int(value))
+    return f"{value:.5g}"
+
+
+def _kind(data: Any) -> str:
+    if isinstance(data, torch.Tensor):
+        return "a tensor"
+    if isinstance(data, (bool, np.bool_)):
+        return "a truth value"
+    if isinstance(data, numbers.Number):  # NumPy's scalars too
+        return "a number"
+    if isinstance(data, np.ndarray):
+        # NumPy's own reductions return scalars and arrays without dimensions as they please.
+        return "a number" if data.ndim == 0 and data.dtype != bool else "an array"
+    if data is None:
+        return "None"
+    article = "an" if type(data).__name__[0] in "aeiou" else "a"
+    return f"{article} {type(data).__name__}"
+
+
+def _shape(data: Any) -> tuple[int, ...]:
+    return tuple(data.shape) if hasattr(data, "shape") else ()
+
+
+def _dtype(data: Any) -> str:
+    if hasattr(data, "dtype"):
+        return str(data.dtype).removeprefix("torch.")
+    if isinstance(data, bool):
+        return "bool"
+    return (
+        "int64"
+        if isinstance(data, int)
+        else "complex128"
+        if isinstance(data, complex)
+        else "float64"
+    )
+
+
+def _numpy(data: Any) -> np.ndarray[Any, Any]:
+    if isinstance(data, torch.Tensor):
+        data = data.detach().cpu()
+        return (
+            data.double()
+            if data.dtype in (torch.bfloat16,)
+            or data.dtype.itemsize == 1
+            and data.is_floating_point()
+            else data
+        ).numpy()
+    return np.asarray(data)
+
+
+def _wide(data: Any) -> np.ndarray[Any, Any]:
+    """In float64 or complex128; whole numbers beyond 2⁵³ stay whole."""
+    array = _numpy(data)
+    if array.dtype.kind in "iu" and array.size:
+        big = max(abs(int(array.max())), abs(int(array.min()))) > 2**53
+        return array.astype(np.longdouble) if big else array.astype(np.float64)
+    if array.dtype.kind == "c":
+        return array.astype(np.complex128)
+    return array.astype(np.float64)

@@ -1,0 +1,149 @@
+"""Specs for exercise 31: scaled dot-product attention."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as oracle
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kata.testing import assert_close
+
+pytestmark = pytest.mark.cpu
+
+WITHOUT = ["torch.nn.functional.scaled_dot_product_attention"]
+
+
+def attend(ex, q, k, v, mask=None):
+    return ex.scaled_dot_product_attention(q, k, v, mask)
+
+
+def gradients(ex, q, k, v, mask, upstream):
+    """The gradients of q, k and v, given that of the result."""
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    return torch.autograd.grad(attend(ex, q, k, v, mask), inputs, upstream)
+
+
+def qkv(rng, n_queries=3, n_keys=5, head_dim=4, value_dim=6, batch=()):
+    """Random q, k, v. All sizes differ, so no two axes can be swapped unnoticed."""
+    randn = partial(torch.randn, generator=rng, dtype=torch.float64)
+    return (
+        randn(*batch, n_queries, head_dim),
+        randn(*batch, n_keys, head_dim),
+        randn(*batch, n_keys, value_dim),
+    )
+
+
+def causal(n_queries=3, n_keys=5):
+    return torch.ones(n_queries, n_keys, dtype=torch.bool).tril()
+
+
+def test_averages_the_values_by_the_softmax_of_the_scaled_scores(attempt, rng):
+    q, k, v = qkv(rng, batch=(2, 7))
+
+    out = attempt(attend, q, k, v)
+
+    assert_close(out, attend(oracle, q, k, v))
+
+
+def test_lets_a_query_see_only_the_keys_its_mask_allows(attempt, rng):
+    q, k, v = qkv(rng)
+    mask = causal()
+
+    out = attempt(attend, q, k, v, mask)
+
+    assert_close(out, attend(oracle, q, k, v, mask))
+
+
+def test_broadcasts_the_mask_and_the_leading_dimensions(attempt, rng):
+    batch, n_heads, n_queries, n_keys = 2, 7, 3, 5
+    q, _, _ = qkv(rng, batch=(batch, n_heads))
+    _, k, v = qkv(rng, batch=(batch, 1))  # all query heads share one head of keys and values
+    lengths = torch.tensor([5, 2])  # the keys behind them are padding
+    mask = (torch.arange(n_keys) < lengths[:, None])[:, None, None, :]
+
+    out = attempt(attend, q, k, v, mask)
+
+    k, v = (x.expand(-1, n_heads, -1, -1) for x in (k, v))
+    assert_close(out, attend(oracle, q, k, v, mask.expand(-1, n_heads, n_queries, -1)))
+
+
+def test_takes_inputs_of_any_memory_layout(attempt, rng):
+    # As a projection leaves them: (batch, seq_len, n_heads, …) in memory, viewed heads first.
+    inputs = qkv(rng, head_dim=8, batch=(2, 7))
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs)
+    mask = causal(5, 3).mT
+
+    out = attempt(attend, q, k, v, mask)
+
+    assert_close(out, attend(oracle, q, k, v, mask))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_keeps_the_dtype_of_its_inputs(attempt, rng, dtype):
+    q, k, v = (x.to(dtype) for x in qkv(rng, batch=(2,)))
+    mask = causal()
+
+    out = attempt(attend, q, k, v, mask)
+
+    expected = attend(oracle, q.double(), k.double(), v.double(), mask).to(dtype)
+    # Scores of about 4 carry errors of a few eps into the weights, and the values reach 4.
+    assert_close(out, expected, atol=16 * torch.finfo(dtype).eps)
+
+
+def test_stays_exact_when_the_scores_are_far_too_large_for_exp(attempt, rng):
+    q, k, v = qkv(rng)
+    signs = torch.tensor(
+        [[-1.0], [1.0], [-1.0]]
+    )  # query 1 scores above +10⁴, the others below −10⁴
+    q, k = 1e5 * signs * (q.abs() + 1), k.abs() + 1
+    mask = causal()
+
+    out = attempt(attend, q, k, v, mask)
+
+    assert_close(out, attend(oracle, q, k, v, mask))
+
+
+def test_sends_gradients_to_q_k_and_v(attempt, rng):
+    q, k, v = qkv(rng, batch=(2,))
+    mask = torch.rand(2, 3, 5, generator=rng) < 0.5
+    mask[..., 0] = True
+    upstream = torch.randn(2, 3, 6, generator=rng, dtype=torch.float64)
+
+    grads = attempt(gradients, q, k, v, mask, upstream)
+
+    assert_close(grads, gradients(oracle, q, k, v, mask, upstream))
+
+
+def test_rejects_a_mask_that_is_not_bool(attempt, rng):
+    q, k, v = qkv(rng)
+
+    with pytest.raises(TypeError, match="bool"):
+        attempt(attend, q, k, v, torch.zeros(3, 5))
+
+
+sizes = st.integers(1, 6)
+seeds = st.integers(0, 999)
+
+
+@given(n_queries=sizes, n_keys=sizes, head_dim=sizes, seed=seeds)
+def test_averages_equal_values_to_that_value(attempt, n_queries, n_keys, head_dim, seed):
+    q, k, _ = qkv(torch.Generator().manual_seed(seed), n_queries, n_keys, head_dim)
+    v = torch.full((n_keys, 2), 3.0, dtype=torch.float64)
+
+    out = attempt(attend, q, k, v)
+
+    assert_close(out, torch.full((n_queries, 2), 3.0, dtype=torch.float64))
+
+
+@given(
+    n_queries=st.integers(0, 3), seen=st.lists(st.booleans(), min_size=1, max_size=6), seed=seeds
+)
+def test_treats_a_hidden_key_as_one_that_is_not_there(attempt, n_queries, seen, seed):
+    seen = torch.tensor([True, *seen])
+    q, k, v = qkv(torch.Generator().manual_seed(seed), n_queries, len(seen))
+
+    out = attempt(attend, q, k, v, seen.expand(n_queries, -1))
+
+    assert_close(out, attempt(attend, q, k[seen], v[seen]))

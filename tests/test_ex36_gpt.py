@@ -1,0 +1,323 @@
+"""Specs for exercise 36: GPT."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kata.testing import assert_close
+
+pytestmark = pytest.mark.cpu
+
+# No two sizes are equal, nor are any two that 3·, 4· and / n_heads make of them.
+SIZES = {"vocab_size": 23, "block_size": 11, "n_layers": 2, "n_heads": 3, "d_model": 15}
+GPT2 = SIZES | {"pre_norm": True}
+GPT1 = SIZES | {"pre_norm": False}
+
+
+def shapes(config):
+    """The names and shapes that the docstring of GPT promises."""
+    d_model = config["d_model"]
+    found = {
+        "wte.weight": (config["vocab_size"], d_model),
+        "wpe.weight": (config["block_size"], d_model),
+    }
+    linears = {"attn.c_attn": (3, 1), "attn.c_proj": (1, 1), "mlp.c_fc": (4, 1), "mlp.c_proj": (1, 4)}
+    for i in range(config["n_layers"]):
+        for name, (out, into) in linears.items():
+            found[f"h.{i}.{name}.weight"] = (out * d_model, into * d_model)
+            found[f"h.{i}.{name}.bias"] = (out * d_model,)
+        for name in ("ln_1", "ln_2"):
+            found[f"h.{i}.{name}.weight"] = found[f"h.{i}.{name}.bias"] = (d_model,)
+    if config["pre_norm"]:
+        found["ln_f.weight"] = found["ln_f.bias"] = (d_model,)
+    return found
+
+
+def make_weights(config, rng):
+    """Random weights in float64, large enough that every part of the model matters."""
+    weights = {}
+    for name, shape in shapes(config).items():
+        draw = torch.randn(shape, generator=rng, dtype=torch.float64)
+        weights[name] = 0.3 * draw + (1.0 if "ln_" in name and name.endswith("weight") else 0.0)
+    return weights
+
+
+def make_tokens(config, rng, batch, seq_len):
+    return torch.randint(config["vocab_size"], (batch, seq_len), generator=rng)
+
+
+# --- run on the code under test ------------------------------------------------------------------
+
+
+def build(ex, config, weights):
+    model = ex.GPT(ex.GPTConfig(**config)).double()
+    own = dict(model.named_parameters(remove_duplicate=False))
+    for name, weight in weights.items():
+        if name not in own:
+            raise AttributeError(f"GPT must have a parameter {name}, it has {', '.join(own)}")
+        if own[name].shape != weight.shape:
+            raise ValueError(f"{name} must be {tuple(weight.shape)}, got {tuple(own[name].shape)}")
+        own[name].data.copy_(weight)
+    return model
+
+
+def logits_of(ex, config, weights, tokens):
+    return build(ex, config, weights)(tokens)
+
+
+def gradients_of(ex, config, weights, tokens, targets):
+    model = build(ex, config, weights)
+    F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten()).backward()
+    own = dict(model.named_parameters(remove_duplicate=False))
+    return {name: own[name].grad for name in weights}
+
+
+def parameter_sizes(ex, config):
+    """The number of elements of each parameter, one that is used twice counted once."""
+    own = ex.GPT(ex.GPTConfig(**config)).named_parameters(remove_duplicate=False)
+    once = {id(parameter): parameter.numel() for _, parameter in own}
+    return sorted(once.values())
+
+
+def fresh_weights(ex, config):
+    own = dict(ex.GPT(ex.GPTConfig(**config)).named_parameters(remove_duplicate=False))
+    return {name: own[name] for name in shapes(config) if name in own}
+
+
+def fresh_logits(ex, config, tokens):
+    return ex.GPT(ex.GPTConfig(**config))(tokens)
+
+
+def generate(ex, config, weights, tokens, max_new_tokens, temperature):
+    return build(ex, config, weights).generate(tokens, max_new_tokens, temperature=temperature)
+
+
+def saved_by_generating(ex, config, tokens):
+    """How many tensors autograd saves while the model generates."""
+    model = ex.GPT(ex.GPTConfig(**config))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(saved.append, torch.Tensor):
+        model.generate(tokens, 2)
+    return len(saved)
+
+
+# --- the oracle: transformers --------------------------------------------------------------------
+
+
+def oracle(config, weights):
+    """GPT2LMHeadModel or OpenAIGPTLMHeadModel with these weights."""
+    transformers = pytest.importorskip("transformers")
+    kind = "GPT2" if config["pre_norm"] else "OpenAIGPT"
+    theirs = getattr(transformers, f"{kind}Config")(
+        vocab_size=config["vocab_size"], n_positions=config["block_size"], n_embd=config["d_model"],
+        n_layer=config["n_layers"], n_head=config["n_heads"], bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = getattr(transformers, f"{kind}LMHeadModel")(theirs).double().eval()
+    model.load_state_dict({their_name(k, config): stored(k, w) for k, w in weights.items()}, strict=False)
+    return model
+
+
+def their_name(name, config):
+    if not config["pre_norm"]:
+        name = name.replace("wte", "tokens_embed").replace("wpe", "positions_embed")
+    return f"transformer.{name}"
+
+
+def stored(name, weight):
+    """Their Conv1D stores a linear layer's weight transposed."""
+    return weight.T if ".c_" in name and name.endswith("weight") else weight
+
+
+# --- the model -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seq_len", [1, 6, 11])
+def test_gives_the_logits_of_gpt_2(attempt, rng, seq_len):
+    weights, tokens = make_weights(GPT2, rng), make_tokens(GPT2, rng, 4, seq_len)
+
+    logits = attempt(logits_of, GPT2, weights, tokens)
+
+    assert_close(logits, oracle(GPT2, weights)(tokens).logits)
+
+
+@pytest.mark.parametrize("seq_len", [1, 6, 11])
+def test_gives_the_logits_of_gpt_1_in_the_post_norm_form(attempt, rng, seq_len):
+    weights, tokens = make_weights(GPT1, rng), make_tokens(GPT1, rng, 4, seq_len)
+
+    logits = attempt(logits_of, GPT1, weights, tokens)
+
+    assert_close(logits, oracle(GPT1, weights)(tokens).logits)
+
+
+@pytest.mark.parametrize("config", [GPT2, GPT1], ids=["gpt_2", "gpt_1"])
+def test_gives_every_parameter_its_gradient(attempt, rng, config):
+    weights, tokens = make_weights(config, rng), make_tokens(config, rng, 4, 7)
+    targets = make_tokens(config, rng, 4, 7)
+
+    gradients = attempt(gradients_of, config, weights, tokens, targets)
+
+    model = oracle(config, weights)
+    F.cross_entropy(model(tokens).logits.flatten(0, 1), targets.flatten()).backward()
+    theirs = dict(model.named_parameters())
+    expected = {k: stored(k, theirs[their_name(k, config)].grad) for k in weights}
+    assert_close(gradients, expected)
+
+
+@pytest.mark.parametrize("config", [GPT2, GPT1], ids=["gpt_2", "gpt_1"])
+def test_holds_each_weight_once_and_no_other(attempt, config):
+    sizes = attempt(parameter_sizes, config)
+
+    assert_close(sizes, sorted(math.prod(shape) for shape in shapes(config).values()))
+
+
+@settings(max_examples=20)
+@given(
+    pre_norm=st.booleans(),
+    n_layers=st.integers(1, 3),
+    n_heads=st.sampled_from([1, 3, 5]),
+    changed=st.integers(0, 10),
+    seed=st.integers(0, 999),
+)
+def test_lets_no_logit_depend_on_a_later_token(attempt, pre_norm, n_layers, n_heads, changed, seed):
+    rng = torch.Generator().manual_seed(seed)
+    config = SIZES | {"pre_norm": pre_norm, "n_layers": n_layers, "n_heads": n_heads}
+    weights, tokens = make_weights(config, rng), make_tokens(config, rng, 1, 11)
+    other = tokens.clone()
+    other[:, changed] = (tokens[:, changed] + 1) % config["vocab_size"]
+
+    logits = attempt(logits_of, config, weights, torch.cat([tokens, other]))
+
+    assert_close(logits[0, :changed], logits[1, :changed])
+    differs = (logits[0, changed:] != logits[1, changed:]).any(dim=-1)
+    assert differs.all(), f"only {int(differs.sum())} of the {11 - changed} rows that see it changed"
+
+
+def test_rejects_more_tokens_than_block_size(attempt, rng):
+    tokens = make_tokens(GPT2, rng, 2, 12)
+
+    with pytest.raises(ValueError, match=r"11.*12|12.*11"):
+        attempt(logits_of, GPT2, {}, tokens)
+
+
+# --- the start -----------------------------------------------------------------------------------
+
+# The chance that a right version fails one check of this section, at most.
+DELTA = 1e-9
+WIDE = {"vocab_size": 131, "block_size": 61, "n_layers": 3, "n_heads": 2, "d_model": 32}
+DRAWS = 3
+
+
+def check_normal(name, values, std):
+    """Each bound holds with probability 1 − DELTA, or more, for independent normal values.
+
+    Variance: n·s²/σ² is χ² with n degrees of freedom, and |χ² − n| ≤ 2√(n·x) + 2x with
+    x = ln(2/DELTA) (Laurent and Massart 2000, lemma 1). Mean: Gaussian tail. The share
+    within one σ, which tells a normal from a uniform distribution: Hoeffding.
+    """
+    n, x = values.numel(), math.log(2 / DELTA)
+    mean, variance = float(values.mean()), float(values.square().mean())
+    share = float((values.abs() < std).double().mean())
+    assert abs(variance / std**2 - 1) <= 2 * math.sqrt(x / n) + 2 * x / n, (
+        f"{name} must have a standard deviation of {std:.4g}, got {math.sqrt(variance):.4g}"
+    )
+    assert abs(mean) <= std * math.sqrt(2 * x / n), f"{name} must have mean 0, got {mean:.4g}"
+    assert abs(share - math.erf(math.sqrt(0.5))) <= math.sqrt(x / (2 * n)), (
+        f"{name} must be normal: 68 % within one standard deviation, got {share:.0%}"
+    )
+
+
+@pytest.mark.parametrize("pre_norm", [True, False], ids=["gpt_2", "gpt_1"])
+def test_draws_its_weights_with_the_stated_spread(attempt, pre_norm):
+    config = WIDE | {"pre_norm": pre_norm}
+
+    draws = [attempt(fresh_weights, config) for _ in range(DRAWS)]
+
+    layers = range(config["n_layers"])
+    residual = 0.02 / math.sqrt(2 * config["n_layers"]) if pre_norm else 0.02
+    groups = {"wte": 0.02, "wpe": 0.02}
+    groups |= {f"h.{i}.{part}": 0.02 for i in layers for part in ("attn.c_attn", "mlp.c_fc")}
+    groups |= {f"h.{i}.{part}.c_proj": residual for i in layers for part in ("attn", "mlp")}
+    for name, std in groups.items():
+        values = torch.cat([draw[f"{name}.weight"].double().flatten() for draw in draws])
+        check_normal(f"{name}.weight", values, std)
+    for name, shape in shapes(config).items():
+        if len(shape) == 1:
+            value = 0.0 if name.endswith("bias") else 1.0
+            assert_close(draws[0][name], torch.full(shape, value))
+    first = torch.stack([draws[0][f"h.{i}.mlp.c_fc.weight"].double() for i in layers])
+    assert len(first.flatten(1).unique(dim=0)) == len(layers), "the layers must not start alike"
+
+
+@pytest.mark.parametrize("pre_norm", [True, False], ids=["gpt_2", "gpt_1"])
+def test_starts_with_a_loss_near_ln_vocab_size(attempt, rng, pre_norm):
+    config = WIDE | {"vocab_size": 997, "pre_norm": pre_norm}
+    tokens, targets = (make_tokens(config, rng, 5, 60) for _ in range(2))
+
+    logits = attempt(fresh_logits, config, tokens)
+
+    loss = float(F.cross_entropy(logits.flatten(0, 1), targets.flatten()))
+    # The last norm gives x a length of √d_model. So a logit, x·wte[token], has a spread of
+    # σ = 0.02·√d_model about 0, and the mean of exp(logit) is exp(σ²/2): the first term. The
+    # token just read scores higher, by at most √d_model·|wte[token]|, about 0.02·d_model (we
+    # allow twice that): the second. The third is six deviations of the means of the targets'
+    # logits and of all logits.
+    sigma, n = 0.02 * math.sqrt(config["d_model"]), targets.numel()
+    bound = sigma**2 / 2 + math.exp(2 * 0.02 * config["d_model"]) / config["vocab_size"]
+    bound += 6 * sigma * math.sqrt(1 / n + 1 / config["vocab_size"])
+    start = math.log(config["vocab_size"])
+    assert abs(loss - start) <= bound, (
+        f"a fresh model's loss must be within {bound:.3f} of ln vocab_size = {start:.3f}, got {loss:.3f}"
+    )
+
+
+# --- generate ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "given_tokens"),
+    [(GPT2, 3), (GPT2, 13), (GPT1, 9)],
+    ids=["gpt_2_short_prompt", "gpt_2_prompt_beyond_block_size", "gpt_1"],
+)
+def test_writes_what_the_last_block_size_tokens_make_likeliest(attempt, rng, config, given_tokens):
+    weights, tokens = make_weights(config, rng), make_tokens(config, rng, 4, given_tokens)
+
+    written = attempt(generate, config, weights, tokens, 14, 0)
+
+    model, expected = oracle(config, weights), tokens
+    for _ in range(14):
+        logits = model(expected[:, -config["block_size"] :]).logits[:, -1]
+        expected = torch.cat([expected, logits.argmax(dim=-1, keepdim=True)], dim=1)
+    assert_close(written, expected)
+
+
+def test_returns_the_tokens_as_given_when_none_are_to_be_added(attempt, rng):
+    weights, tokens = make_weights(GPT2, rng), make_tokens(GPT2, rng, 2, 5)
+
+    assert_close(attempt(generate, GPT2, weights, tokens, 0, 1.0), tokens)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_draws_each_token_as_often_as_the_temperature_says(attempt, rng, temperature):
+    n = 4000
+    weights, tokens = make_weights(GPT2, rng), make_tokens(GPT2, rng, 1, 4)
+
+    written = attempt(generate, GPT2, weights, tokens.expand(n, 4), 1, temperature)
+
+    counts = torch.bincount(written[:, -1], minlength=GPT2["vocab_size"]).double()
+    logits = oracle(GPT2, weights)(tokens).logits[0, -1].detach()
+    probabilities = torch.softmax(logits / temperature, dim=-1)
+    # Bernstein: a count of mean n·p is off by more than this with probability 1e-9 at most.
+    x = math.log(2 / 1e-9)
+    bound = x / 3 + (x**2 / 9 + 2 * x * n * probabilities * (1 - probabilities)).sqrt()
+    off = (counts - n * probabilities).abs()
+    assert (off <= bound).all(), f"counts {counts.tolist()}, expected {(n * probabilities).tolist()}"
+
+
+def test_keeps_nothing_for_backward_while_it_generates(attempt, rng):
+    saved = attempt(saved_by_generating, GPT2, make_tokens(GPT2, rng, 2, 5))
+
+    assert_close(saved, 0)

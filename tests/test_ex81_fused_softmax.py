@@ -1,0 +1,292 @@
+"""Specs for exercise 81: fused softmax in Triton."""
+
+import math
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kata.testing import assert_close
+
+triton = pytest.importorskip("triton", reason="Triton has packages for Linux only")
+
+pytestmark = [pytest.mark.cpu, pytest.mark.gpu]
+
+WITHOUT = [
+    "torch.softmax",
+    "torch.Tensor.softmax",
+    "torch.nn.functional.softmax",
+    "torch.special.softmax",
+    "torch.log_softmax",
+    "torch.Tensor.log_softmax",
+    "torch.nn.functional.log_softmax",
+    "torch.special.log_softmax",
+    "torch.logsumexp",
+    "torch.Tensor.logsumexp",
+    "torch.special.logsumexp",
+    "triton.language.softmax",
+]
+
+UNTOUCHED = 7.0
+
+
+def soften(ex, x, block_size=None):
+    with watched() as traffic:
+        out = ex.softmax(x, block_size)
+    if traffic["astray"]:
+        raise IndexError(f"the kernel reaches for {traffic['astray']} elements outside its tensors")
+    return out
+
+
+def count(ex, x, block_size=None):
+    """What the kernel moves, in elements, and its result."""
+    with watched() as traffic:
+        out = ex.softmax(x, block_size)
+    return traffic, out
+
+
+def launch(ex, x_buffer, out_buffer, block_size):
+    """Launch the kernel on an inner part of two buffers; returns the whole of both."""
+    x, out = inner(x_buffer), out_buffer[2:-2, 11:24]
+    with watched():
+        ex.softmax_kernel[(x.shape[0],)](
+            x, out, x.stride(0), out.stride(0), x.shape[1], BLOCK_SIZE=block_size
+        )
+    return x_buffer, out_buffer
+
+
+def inner(x_buffer):
+    return x_buffer[1:-1, 19:32]
+
+
+@contextmanager
+def watched():
+    """Count what kernels launched in here move, in Triton's interpreter. On a GPU all stays 0.
+
+    read, written: elements; astray: those of them that are in none of the tensors passed to the
+    kernel; block: elements of the largest access, masked ones included. An access to memory that
+    was not passed at all is counted, then left out: a stray kernel must not end Python.
+    """
+    traffic = dict.fromkeys(("read", "written", "astray", "block"), 0)
+    if not triton.knobs.runtime.interpret:
+        yield traffic
+        return
+    from triton.runtime import interpreter
+
+    builder, executor = interpreter.interpreter_builder, interpreter.GridExecutor
+    load, store, pass_on = (
+        builder.create_masked_load,
+        builder.create_masked_store,
+        executor._init_args_hst,
+    )
+    memories = []
+
+    def passing(self, args, kwargs):
+        passed_args, passed_kwargs = pass_on(self, args, kwargs)
+        tensors = [*passed_args, *passed_kwargs.values()]
+        memories.extend(memory(t) for t in tensors if isinstance(t, torch.Tensor))
+        return passed_args, passed_kwargs
+
+    def allowed(way, pointers, mask):
+        wanted = np.broadcast_to(mask.data, pointers.data.shape)
+        own, safe = np.zeros_like(wanted), np.zeros_like(wanted)
+        for start, itemsize, belongs in memories:
+            index = (pointers.data.astype(np.int64) - start) // itemsize
+            inside = (index >= 0) & (index < belongs.size)
+            safe |= inside
+            own |= inside & belongs[np.where(inside, index, 0)]
+        traffic[way] += int(wanted.sum())
+        traffic["astray"] += int((wanted & ~own).sum())
+        traffic["block"] = max(traffic["block"], wanted.size)
+        return interpreter.TensorHandle(wanted & safe, mask.dtype)
+
+    def loading(pointers, mask, *rest, **more):
+        return load(pointers, allowed("read", pointers, mask), *rest, **more)
+
+    def storing(pointers, value, mask, *rest, **more):
+        return store(pointers, value, allowed("written", pointers, mask), *rest, **more)
+
+    with (
+        patch.object(executor, "_init_args_hst", passing),
+        patch.object(builder, "create_masked_load", loading),
+        patch.object(builder, "create_masked_store", storing),
+        np.errstate(all="ignore"),  # a GPU does not warn of exp(1e4) in a masked lane either
+    ):
+        yield traffic
+
+
+def memory(tensor):
+    """The address of a tensor's memory, the size of its items, and which of them are its own."""
+    storage = tensor.untyped_storage()
+    items = torch.arange(max(1, storage.nbytes() // tensor.itemsize))
+    own = items.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    return storage.data_ptr(), tensor.itemsize, np.isin(items.numpy(), own.numpy())
+
+
+def randn(rng, *shape, device):
+    return (3 * torch.randn(*shape, generator=rng)).to(device)
+
+
+@settings(max_examples=20, deadline=None)
+@given(n_columns=st.integers(1, 40), seed=st.integers(0, 999))
+def test_gives_torchs_softmax_for_rows_of_any_length(attempt, device, n_columns, seed):
+    x = randn(torch.Generator().manual_seed(seed), 2, n_columns, device=device)
+
+    out = attempt(soften, x)
+
+    assert_close(out, torch.softmax(x, -1))
+
+
+@settings(max_examples=12, deadline=None)
+@given(n_columns=st.integers(1, 21), block_size=st.sampled_from([4, 8]), seed=st.integers(0, 999))
+def test_gives_the_same_however_a_row_falls_into_blocks(
+    attempt, device, n_columns, block_size, seed
+):
+    x = randn(torch.Generator().manual_seed(seed), 2, n_columns, device=device)
+
+    out = attempt(soften, x, block_size)
+
+    assert_close(out, torch.softmax(x, -1))
+
+
+@pytest.mark.parametrize("block_size", [None, 4])
+def test_stays_finite_and_exact_for_large_values(attempt, rng, device, block_size):
+    centre = torch.tensor([-1e4, -200.0, 200.0, 1e4], device=device)
+    x = centre[:, None] + randn(rng, 4, 13, device=device)
+
+    out = attempt(soften, x, block_size)
+
+    assert_close(out, torch.softmax(x, -1))
+
+
+@pytest.mark.parametrize("block_size", [None, 4])
+def test_gives_minus_infinity_no_weight(attempt, rng, device, block_size):
+    x = randn(rng, 5, 11, device=device)
+    x[0, ::2] = -math.inf
+    x[1, :9] = -math.inf  # whole blocks at the start, as under a sliding window
+    x[2, 3:] = -math.inf  # and at the end, as under a causal mask
+    x[3, :] = -math.inf
+
+    out = attempt(soften, x, block_size)
+
+    assert_close(out, torch.softmax(x, -1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("block_size", [None, 16])
+def test_keeps_the_dtype_of_its_input(attempt, rng, device, dtype, block_size):
+    x = randn(rng, 2, 37, device=device).to(dtype)
+
+    out = attempt(soften, x, block_size)
+
+    assert_close(out, torch.softmax(x, -1))
+
+
+@pytest.mark.parametrize("block_size", [4, 16])
+def test_touches_nothing_beside_its_rows(attempt, rng, device, block_size):
+    # A value this large would take all the weight of a row that reads it.
+    x_buffer = torch.full((7, 51), 1e30, device=device)
+    inner(x_buffer).copy_(randn(rng, 5, 13, device=device))
+    out_buffer = torch.full((9, 37), UNTOUCHED, device=device)
+    expected = out_buffer.clone()
+    expected[2:-2, 11:24] = torch.softmax(inner(x_buffer), -1)
+
+    x_after, out_after = attempt(launch, x_buffer, out_buffer, block_size, may_change=True)
+
+    assert_close(out_after, expected)
+    assert_close(x_after, x_buffer)
+
+
+@pytest.mark.parametrize(
+    ("n_columns", "block_size", "reads"), [(13, None, 1), (16, None, 1), (16, 16, 1), (13, 4, 2)]
+)
+def test_reads_a_row_once_if_it_fits_one_block_else_twice_and_writes_it_once(
+    attempt, rng, device, n_columns, block_size, reads
+):
+    x = randn(rng, 3, n_columns, device=device)
+
+    traffic, _ = attempt(count, x, block_size)
+
+    if device != "cpu":
+        pytest.skip("only Triton's interpreter lets us count")
+    assert traffic["astray"] == 0, "elements outside its tensors that the kernel reaches for"
+    assert traffic["read"] == reads * x.numel(), f"elements read of {x.numel()}"
+    assert traffic["written"] == x.numel(), f"elements written of {x.numel()}"
+
+
+def test_holds_no_more_than_the_largest_block_of_a_long_row(attempt, rng, device):
+    x = torch.full((1, 8192 + 5), -30.0, device=device)
+    x[0, [3, 4001, 8190, 8191, 8192, 8196]] = randn(rng, 6, device=device)
+
+    traffic, out = attempt(count, x)
+
+    assert_close(out, torch.softmax(x, -1))
+    assert traffic["astray"] == 0, "elements outside its tensors that the kernel reaches for"
+    assert traffic["block"] <= 8192, "elements that the kernel holds at once"
+
+
+def sliced(x):
+    return x[:, 1:-2]
+
+
+def transposed(x):
+    return x.T
+
+
+def every_other(x):
+    return x[::2, ::3]
+
+
+def repeated(x):
+    return x[3].expand(4, -1)
+
+
+def two_leading(x):
+    return x.reshape(2, 3, 10)[:, :, :7]
+
+
+def turned(x):
+    return x.reshape(2, 5, 6).permute(1, 2, 0)
+
+
+def single(x):
+    return x[2]
+
+
+@pytest.mark.parametrize(
+    "view", [sliced, transposed, every_other, repeated, two_leading, turned, single]
+)
+def test_follows_the_shape_and_the_strides_of_its_input(attempt, rng, device, view):
+    x = view(randn(rng, 6, 10, device=device))
+
+    out = attempt(soften, x)
+
+    assert_close(out, torch.softmax(x, -1))
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0), (2, 0, 5), (0,)])
+def test_gives_an_empty_result_for_an_empty_input(attempt, device, shape):
+    x = torch.empty(shape, dtype=torch.float16, device=device)
+
+    out = attempt(soften, x)
+
+    assert_close(out, torch.softmax(x, -1))
+
+
+def test_rejects_a_block_size_that_is_not_a_power_of_two(attempt, rng, device):
+    x = randn(rng, 2, 5, device=device)
+
+    with pytest.raises(ValueError, match=r"power of two.*12"):
+        attempt(soften, x, 12)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64], ids=str)
+def test_rejects_a_dtype_that_it_would_not_compute_in(attempt, device, dtype):
+    x = torch.ones(2, 5, dtype=dtype, device=device)
+
+    with pytest.raises(TypeError, match=str(dtype).removeprefix("torch.")):
+        attempt(soften, x)
