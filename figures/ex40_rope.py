@@ -1,4 +1,4 @@
-"""The picture of exercise 40: which angle each pair has at each position, and what a score sees of it."""
+"""The picture of exercise 40: the angle of each pair at each position, and what a score sees."""
 
 import math
 from types import ModuleType
@@ -30,9 +30,10 @@ def draw(ex: ModuleType) -> Figure:
         interpolation="nearest",
     )
     top.set_ylabel("pair i")
+    turns = 2 * math.pi / frequencies  # positions
     top.set_title(
-        f"Early pairs spin, late pairs creep: one turn takes {2 * math.pi / frequencies[0]:.1f} positions"
-        f" at pair 0, {2 * math.pi / frequencies[-1]:,.0f} at pair {n_pairs - 1}",
+        "Early pairs spin, late pairs creep: one turn takes "
+        f"{turns[0]:.1f} positions at pair 0, {turns[-1]:,.0f} at pair {n_pairs - 1}",
         fontsize=11,
     )
     bar = figure.colorbar(image, ax=top, ticks=[-math.pi, 0, math.pi], pad=0.01)

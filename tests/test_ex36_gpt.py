@@ -25,7 +25,12 @@ def shapes(config):
         "wte.weight": (config["vocab_size"], d_model),
         "wpe.weight": (config["block_size"], d_model),
     }
-    linears = {"attn.c_attn": (3, 1), "attn.c_proj": (1, 1), "mlp.c_fc": (4, 1), "mlp.c_proj": (1, 4)}
+    linears = {
+        "attn.c_attn": (3, 1),
+        "attn.c_proj": (1, 1),
+        "mlp.c_fc": (4, 1),
+        "mlp.c_proj": (1, 4),
+    }
     for i in range(config["n_layers"]):
         for name, (out, into) in linears.items():
             found[f"h.{i}.{name}.weight"] = (out * d_model, into * d_model)
@@ -117,7 +122,9 @@ def oracle(config, weights):
         n_layer=config["n_layers"], n_head=config["n_heads"], bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     model = getattr(transformers, f"{kind}LMHeadModel")(theirs).double().eval()
-    model.load_state_dict({their_name(k, config): stored(k, w) for k, w in weights.items()}, strict=False)
+    model.load_state_dict(
+        {their_name(k, config): stored(k, w) for k, w in weights.items()}, strict=False
+    )
     return model
 
 
@@ -174,7 +181,7 @@ def test_holds_each_weight_once_and_no_other(attempt, config):
     assert_close(sizes, sorted(math.prod(shape) for shape in shapes(config).values()))
 
 
-@settings(max_examples=20)
+@settings(max_examples=15)
 @given(
     pre_norm=st.booleans(),
     n_layers=st.integers(1, 3),
@@ -193,7 +200,9 @@ def test_lets_no_logit_depend_on_a_later_token(attempt, pre_norm, n_layers, n_he
 
     assert_close(logits[0, :changed], logits[1, :changed])
     differs = (logits[0, changed:] != logits[1, changed:]).any(dim=-1)
-    assert differs.all(), f"only {int(differs.sum())} of the {11 - changed} rows that see it changed"
+    assert differs.all(), (
+        f"only {int(differs.sum())} of the {11 - changed} rows that see it changed"
+    )
 
 
 def test_rejects_more_tokens_than_block_size(attempt, rng):
@@ -270,7 +279,8 @@ def test_starts_with_a_loss_near_ln_vocab_size(attempt, rng, pre_norm):
     bound += 6 * sigma * math.sqrt(1 / n + 1 / config["vocab_size"])
     start = math.log(config["vocab_size"])
     assert abs(loss - start) <= bound, (
-        f"a fresh model's loss must be within {bound:.3f} of ln vocab_size = {start:.3f}, got {loss:.3f}"
+        f"a fresh model's loss must be within {bound:.3f} of ln vocab_size = {start:.3f}, "
+        f"got {loss:.3f}"
     )
 
 
@@ -283,7 +293,7 @@ def test_starts_with_a_loss_near_ln_vocab_size(attempt, rng, pre_norm):
     ids=["gpt_2_short_prompt", "gpt_2_prompt_beyond_block_size", "gpt_1"],
 )
 def test_writes_what_the_last_block_size_tokens_make_likeliest(attempt, rng, config, given_tokens):
-    weights, tokens = make_weights(config, rng), make_tokens(config, rng, 4, given_tokens)
+    weights, tokens = make_weights(config, rng), make_tokens(config, rng, 8, given_tokens)
 
     written = attempt(generate, config, weights, tokens, 14, 0)
 
@@ -300,9 +310,9 @@ def test_returns_the_tokens_as_given_when_none_are_to_be_added(attempt, rng):
     assert_close(attempt(generate, GPT2, weights, tokens, 0, 1.0), tokens)
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_draws_each_token_as_often_as_the_temperature_says(attempt, rng, temperature):
-    n = 4000
+    n = 2000
     weights, tokens = make_weights(GPT2, rng), make_tokens(GPT2, rng, 1, 4)
 
     written = attempt(generate, GPT2, weights, tokens.expand(n, 4), 1, temperature)
@@ -314,7 +324,9 @@ def test_draws_each_token_as_often_as_the_temperature_says(attempt, rng, tempera
     x = math.log(2 / 1e-9)
     bound = x / 3 + (x**2 / 9 + 2 * x * n * probabilities * (1 - probabilities)).sqrt()
     off = (counts - n * probabilities).abs()
-    assert (off <= bound).all(), f"counts {counts.tolist()}, expected {(n * probabilities).tolist()}"
+    assert (off <= bound).all(), (
+        f"counts {counts.tolist()}, expected {(n * probabilities).tolist()}"
+    )
 
 
 def test_keeps_nothing_for_backward_while_it_generates(attempt, rng):

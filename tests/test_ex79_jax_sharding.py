@@ -138,11 +138,10 @@ def one_step(params, batch):
     return {k: v.astype(np.float32) for k, v in new.items()}, np.float32(np.mean(error**2))
 
 
-@pytest.mark.parametrize(("n_data", "n_model"), [(8, 1), (2, 4)])
-def test_steps_along_the_gradient_of_the_mean_over_all_rows(attempt, np_rng, n_data, n_model):
+def test_steps_along_the_gradient_of_the_mean_over_all_rows(attempt, np_rng):
     params, batch = regression(np_rng)
 
-    out = attempt(take_steps, n_data, n_model, None, params, batch)
+    out = attempt(take_steps, 8, 1, None, params, batch)
 
     new_params, loss = one_step(params, batch)
     assert_close(out["losses"], [loss])

@@ -1,13 +1,13 @@
 """Specs for exercise 81: fused softmax in Triton."""
 
 import math
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from kata.testing import assert_close
@@ -67,22 +67,26 @@ def inner(x_buffer):
 def watched():
     """Count what kernels launched in here move, in Triton's interpreter. On a GPU all stays 0.
 
-    read, written: elements; astray: those of them that are in none of the tensors passed to the
-    kernel; block: elements of the largest access, masked ones included. An access to memory that
-    was not passed at all is counted, then left out: a stray kernel must not end Python.
+    read, written: elements; astray: those of them that are not in the tensor, passed to the kernel,
+    which the first one is in; block: elements of the largest access, masked ones included. An
+    access outside that tensor's memory is counted, then left out: it might end Python.
+    New memory holds NaN, so that an element that nobody writes shows.
     """
     traffic = dict.fromkeys(("read", "written", "astray", "block"), 0)
-    if not triton.knobs.runtime.interpret:
+    with ExitStack() as stack:
+        stack.callback(torch.set_deterministic_debug_mode, torch.get_deterministic_debug_mode())
+        torch.set_deterministic_debug_mode("warn")
+        if triton.knobs.runtime.interpret:
+            watch_interpreter(stack, traffic)
         yield traffic
-        return
+
+
+def watch_interpreter(stack, traffic):
     from triton.runtime import interpreter
 
     builder, executor = interpreter.interpreter_builder, interpreter.GridExecutor
-    load, store, pass_on = (
-        builder.create_masked_load,
-        builder.create_masked_store,
-        executor._init_args_hst,
-    )
+    load, store = builder.create_masked_load, builder.create_masked_store
+    pass_on = executor._init_args_hst
     memories = []
 
     def passing(self, args, kwargs):
@@ -92,13 +96,15 @@ def watched():
         return passed_args, passed_kwargs
 
     def allowed(way, pointers, mask):
-        wanted = np.broadcast_to(mask.data, pointers.data.shape)
+        address = pointers.data.astype(np.int64)
+        wanted = np.broadcast_to(mask.data, address.shape)
         own, safe = np.zeros_like(wanted), np.zeros_like(wanted)
         for start, itemsize, belongs in memories:
-            index = (pointers.data.astype(np.int64) - start) // itemsize
+            index = (address - start) // itemsize
             inside = (index >= 0) & (index < belongs.size)
-            safe |= inside
-            own |= inside & belongs[np.where(inside, index, 0)]
+            if inside.flat[0]:
+                safe |= inside
+                own |= inside & belongs[np.where(inside, index, 0)]
         traffic[way] += int(wanted.sum())
         traffic["astray"] += int((wanted & ~own).sum())
         traffic["block"] = max(traffic["block"], wanted.size)
@@ -110,13 +116,11 @@ def watched():
     def storing(pointers, value, mask, *rest, **more):
         return store(pointers, value, allowed("written", pointers, mask), *rest, **more)
 
-    with (
-        patch.object(executor, "_init_args_hst", passing),
-        patch.object(builder, "create_masked_load", loading),
-        patch.object(builder, "create_masked_store", storing),
-        np.errstate(all="ignore"),  # a GPU does not warn of exp(1e4) in a masked lane either
-    ):
-        yield traffic
+    stack.enter_context(patch.object(executor, "_init_args_hst", passing))
+    stack.enter_context(patch.object(builder, "create_masked_load", loading))
+    stack.enter_context(patch.object(builder, "create_masked_store", storing))
+    # NumPy warns of exp(1e4) in a masked lane too, where a GPU is silent.
+    stack.enter_context(np.errstate(all="ignore"))
 
 
 def memory(tensor):
@@ -131,17 +135,17 @@ def randn(rng, *shape, device):
     return (3 * torch.randn(*shape, generator=rng)).to(device)
 
 
-@settings(max_examples=20, deadline=None)
-@given(n_columns=st.integers(1, 40), seed=st.integers(0, 999))
-def test_gives_torchs_softmax_for_rows_of_any_length(attempt, device, n_columns, seed):
-    x = randn(torch.Generator().manual_seed(seed), 2, n_columns, device=device)
+@pytest.mark.parametrize("n_columns", [1, 2, 3, 13, 16, 17, 40])
+def test_gives_torchs_softmax_for_rows_of_any_length(attempt, rng, device, n_columns):
+    x = randn(rng, 2, n_columns, device=device)
 
     out = attempt(soften, x)
 
     assert_close(out, torch.softmax(x, -1))
 
 
-@settings(max_examples=12, deadline=None)
+# Not shrunk: the interpreter is slow, and the examples are small as they are.
+@settings(max_examples=10, deadline=None, phases=[Phase.generate])
 @given(n_columns=st.integers(1, 21), block_size=st.sampled_from([4, 8]), seed=st.integers(0, 999))
 def test_gives_the_same_however_a_row_falls_into_blocks(
     attempt, device, n_columns, block_size, seed

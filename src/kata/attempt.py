@@ -27,15 +27,9 @@ import numpy as np
 import torch
 
 from kata import catalog, wire
+from kata.report import Frame
 
 Run = Callable[..., Any]
-
-
-class Frame(msgspec.Struct):
-    file: str
-    line: int
-    function: str
-    text: str
 
 
 class Problem(msgspec.Struct):

@@ -105,6 +105,19 @@ class Exercise:
                 waiting += sorted(n for n in imported(part.solution) if STEM.fullmatch(n))
         return tuple(found)
 
+    def section(self, heading: str) -> str:
+        """A section of the lesson, without its heading; empty if it has none of this name."""
+        text = self.lesson.read_text("utf-8") if self.lesson.exists() else ""
+        match = re.search(rf"^## {heading}\n(.*?)(?=^## |\Z)", text, re.M | re.S)
+        return match[1].strip() if match else ""
+
+    @property
+    def hints(self) -> list[str]:
+        """The lesson's hints, from a nudge to nearly the answer."""
+        text = self.lesson.read_text("utf-8") if self.lesson.exists() else ""
+        pattern = r"<details>\s*<summary>.*?</summary>(.*?)</details>"
+        return [hint.strip() for hint in re.findall(pattern, text, re.S)]
+
 
 def imported(path: Path) -> frozenset[str]:
     """The top-level names of all modules that a file imports."""

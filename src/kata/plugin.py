@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from kata import attempt as attempts
-from kata import catalog, mistakes, wire
+from kata import catalog, mistakes, progress, wire
 from kata.attempt import Attempt, Attempted, Done, Run
 from kata.mistakes import Variant
 from kata.ranks import Job, RankServer
@@ -233,6 +233,16 @@ class Judge:
             bench.close()
         if self._rank_server:
             self._rank_server.close()
+        if self.option.on == "exercises" and not self.option.submission:
+            for report in self.reports:
+                self._record(report)
+
+    def _record(self, report: Report) -> None:
+        """A learner's run goes into the record and into progress.md."""
+        root = next(iter(self.benches.values())).exercise.root if self.benches else Path.cwd()
+        entry = progress.Entry.of(report, parts=self.option.parts)
+        if entry is not None:
+            report.warnings = progress.record_run(root, entry)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         for report in self.reports:

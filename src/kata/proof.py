@@ -7,57 +7,65 @@ named, it and no other; every accepted version passes.
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import msgspec
-
-from kata import catalog, mistakes
+from kata import mistakes
 from kata.catalog import Exercise
 from kata.report import Report
+from kata.server import Job, judge_all, warm
 
-Judge = Callable[[Exercise, Path, list[str]], Report]
+Check = Callable[[Report], list[str]]
 
 
 @dataclass
 class Claim:
-    """One thing that the proof shows, or what contradicts it."""
+    """One thing to show. `check` gives what contradicts it in the report of the job."""
 
     exercise: Exercise
     says: str
+    job: Job
+    check: Check
     faults: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
 
-def claims(exercise: Exercise, judge: Judge, seed: int) -> Iterator[Claim]:
-    """Judge the reference, the stub, every mistake and every accepted version."""
+def claims(exercise: Exercise, seed: int) -> Iterator[Claim]:
+    """The reference, the stub, every mistake and every accepted version.
+
+    Specs that read real weights or train run on the reference alone: the others must do without.
+    """
     variants = mistakes.load(exercise)
     seeded = ["--seed", str(seed)]
     light = [*seeded, "-m", "not weights and not train", "--naming-limit", "60"]
 
-    def claim(
-        says: str, path: Path, options: list[str], check: Callable[[Report], list[str]]
-    ) -> Claim:
-        start = time.perf_counter()
-        report = judge(exercise, path, options)
-        faults = [report.error.message] if report.error else check(report)
-        return Claim(exercise, says, faults, time.perf_counter() - start)
-
-    def written_for(
-        says: str, variant: mistakes.Variant, check: Callable[[Report], list[str]]
-    ) -> Claim:
-        return claim(says, mistakes.write(exercise, variant), light, check)
+    def claim(says: str, path: object, options: list[str], check: Check) -> Claim:
+        job = Job(str(exercise.root), exercise.stem, str(path), options)
+        return Claim(exercise, says, job, check)
 
     yield claim("the reference passes", exercise.solution, seeded, _passes)
     yield claim("the stub is not written yet", exercise.stub, light, _is_unwritten)
-    for mistake in variants.mistake:
-        check = _names(mistake.says)
-        yield written_for(f"rejects: {mistake.says}", mistake, check)
-    for accept in variants.accept:
-        yield written_for(f"accepts: {accept.says}", accept, _passes)
+    for wrong in variants.mistake:
+        path = mistakes.write(exercise, wrong)
+        yield claim(f"rejects: {wrong.says}", path, light, _names(wrong.says))
+    for right in variants.accept:
+        yield claim(f"accepts: {right.says}", mistakes.write(exercise, right), light, _passes)
+
+
+def prove(exercises: list[Exercise], seed: int = 0) -> Iterator[list[Claim]]:
+    """Judge every claim, several at once; yields an exercise's claims when all are judged."""
+    every = [claim for exercise in exercises for claim in claims(exercise, seed)]
+    warm(sorted({name for exercise in exercises for name in exercise.imports}))
+    left = {e.stem: sum(c.exercise.stem == e.stem for c in every) for e in exercises}
+    os.environ["OMP_NUM_THREADS"] = "1"  # as many children as cores: one thread each is quickest
+    for which, report, seconds in judge_all([c.job for c in every], os.cpu_count() or 1):
+        claim = every[which]
+        claim.faults = [report.error.message] if report.error else claim.check(report)
+        claim.seconds = seconds
+        left[claim.exercise.stem] -= 1
+        if left[claim.exercise.stem] == 0:
+            yield [c for c in every if c.exercise.stem == claim.exercise.stem]
 
 
 def _passes(report: Report) -> list[str]:
@@ -75,7 +83,7 @@ def _is_unwritten(report: Report) -> list[str]:
     return faults or ([] if judged else ["no spec ran"])
 
 
-def _names(says: str) -> Callable[[Report], list[str]]:
+def _names(says: str) -> Check:
     def check(report: Report) -> list[str]:
         if not report.count("failed"):
             return ["every spec passes"]
@@ -87,74 +95,29 @@ def _names(says: str) -> Callable[[Report], list[str]]:
     return check
 
 
-def judge_in_fork(exercise: Exercise, path: Path, options: list[str]) -> Report:
-    """Judge a file in a child of this process, which must have imported things only."""
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        os.close(reader)
-        try:
-            report = _judge_here(exercise, path, options)
-            with os.fdopen(writer, "wb") as out:
-                out.write(msgspec.msgpack.encode(report))
-        finally:
-            os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as answer:
-        data = answer.read()
-    os.waitpid(pid, 0)
-    if not data:
-        return Report(exercise.stem, str(path))
-    return msgspec.msgpack.decode(data, type=Report)
-
-
-def _judge_here(exercise: Exercise, path: Path, options: list[str]) -> Report:
-    import pytest
-
-    from kata import plugin
-
-    keep: list[plugin.Judge] = []
-
-    class Keep:
-        def pytest_sessionstart(self, session: pytest.Session) -> None:
-            keep.append(session.config.stash[plugin.JUDGE])
-
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
-        os.dup2(nowhere.fileno(), 2)
-    quiet = ["-p", "no:terminal", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
-    pytest.main([*quiet, "--submission", str(path), *options, str(exercise.spec)], plugins=[Keep()])
-    return next((r for r in keep[0].reports if r.stem == exercise.stem), Report(exercise.stem, ""))
-
-
-def main(wanted: list[str], seed: int = 0) -> int:
-    """Prove the exercises named (all, if none is); prints a line a claim, and a count last."""
-    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    root = catalog.find_root(Path.cwd())
-    some = [catalog.find(root, word) for word in wanted] or catalog.exercises(root)
+def main(exercises: list[Exercise], seed: int = 0) -> int:
+    """Print the proof, and a count last; the exit status."""
     start, every = time.perf_counter(), []
-    for exercise in some:
-        print(f"{exercise.number:02d} {exercise.title}", flush=True)
-        for claim in claims(exercise, judge_in_fork, seed):
-            every.append(claim)
-            print(
-                f"   {'✗' if claim.faults else '✓'} {claim.says}  {claim.seconds:.1f} s", flush=True
-            )
+    for proved in prove(exercises, seed):
+        every += proved
+        first = proved[0].exercise
+        print(f"{first.number:02d} {first.title}")
+        for claim in proved:
+            print(f"   {'✗' if claim.faults else '✓'} {claim.says}  {claim.seconds:.1f} s")
             for fault in claim.faults:
-                print(f"       {fault}", flush=True)
+                print(f"       {fault}")
+        print(end="", flush=True)
     good = sum(not claim.faults for claim in every)
-    print(f"{len(some)} exercises in {time.perf_counter() - start:.0f} s")
+    print(f"{len(exercises)} exercises in {time.perf_counter() - start:.0f} s")
     print(f"{good} passed, {len(every) - good} failed")
     return int(good < len(every))
 
 
-if __name__ == "__main__":
-    import numpy  # noqa: F401
-    import pytest  # noqa: F401
-    import torch
+if __name__ == "__main__":  # until `kata proof`
+    import sys
+    from pathlib import Path
 
-    import kata.plugin
+    from kata import catalog
 
-    kata.plugin.prepare_environment()
-    torch.set_num_threads(1)
-    sys.exit(main(sys.argv[1:]))
+    root = catalog.find_root(Path.cwd())
+    sys.exit(main([catalog.find(root, w) for w in sys.argv[1:]] or catalog.exercises(root)))

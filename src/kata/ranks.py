@@ -24,7 +24,8 @@ import torch
 import torch.distributed as dist
 
 from kata import attempt as attempts
-from kata.attempt import Done, Frame, Problem
+from kata.attempt import Done, Problem
+from kata.report import Frame
 
 LIMIT = 30.0  # seconds for an attempt
 STILL = 1.5  # seconds without any work on any rank: they wait for each other

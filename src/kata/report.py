@@ -6,7 +6,14 @@ from typing import Any
 
 import msgspec
 
-from kata.attempt import Frame
+
+class Frame(msgspec.Struct):
+    """A line that an exception went through."""
+
+    file: str
+    line: int
+    function: str
+    text: str
 
 
 class Detail(msgspec.Struct):
@@ -51,6 +58,7 @@ class Report(msgspec.Struct):
     seconds: float = 0.0
     complete: bool = True  # every spec of the file was asked for
     error: Detail | None = None  # the specs could not be read
+    warnings: list[str] = []  # of the record
 
     def count(self, status: str) -> int:
         return sum(spec.status == status for spec in self.specs)

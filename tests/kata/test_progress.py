@@ -1,5 +1,6 @@
 """The record and progress.md: nothing that was written is lost, and neither file is ever half."""
 
+import fcntl
 import json
 import os
 import random
@@ -588,16 +589,18 @@ def test_a_page_that_can_not_be_replaced_stays_as_it_was(root, monkeypatch):
     assert sorted(path.name for path in root.iterdir() if path.is_file()) == ["progress.md"]
 
 
-def test_everything_is_on_disk_before_the_page_is_replaced(root, monkeypatch):
+def test_everything_is_on_disk_before_the_page_is_replaced_all_under_one_lock(root, monkeypatch):
     record_run(root, entry())
     done = []
 
     def fsync(handle, true=os.fsync):
+        assert is_locked(root)
         path = Path(os.readlink(f"/proc/self/fd/{handle}"))
         done.append((path.parent, path.read_bytes()))
         true(handle)
 
     def replace(old, new, true=os.replace):
+        assert is_locked(root)
         assert Path(old).parent == Path(new).parent
         done.append("replace")
         true(old, new)
@@ -611,6 +614,15 @@ def test_everything_is_on_disk_before_the_page_is_replaced(root, monkeypatch):
         (root, page(root).read_bytes()),
         "replace",
     ]
+
+
+def is_locked(root):
+    with (root / progress.LOCK).open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def test_what_an_editor_saves_during_a_write_is_kept(root, monkeypatch):

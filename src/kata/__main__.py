@@ -1,0 +1,5 @@
+"""`python -m kata` is `kata`."""
+
+from kata.cli import main
+
+main()

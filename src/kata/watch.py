@@ -1,0 +1,195 @@
+"""`kata watch`: the verdict at every save."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import termios
+import threading
+import tty
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+from watchfiles import watch as changes
+
+from kata import cli, verdict
+from kata.catalog import Exercise
+from kata.report import Report
+from kata.server import Job, WarmServer
+
+KEYS = {
+    "n": "next", "h": "hint", "d": "diff", "p": "picture", "l": "list", "r": "rerun", "q": "quit",
+}  # fmt: skip
+SLOW = 0.25  # seconds: from here on we say that we are at it, and look at the files ourselves
+
+
+class Watch:
+    """One terminal, one warm server, one exercise at a time."""
+
+    def __init__(self, exercise: Exercise, console: Console, parts: str) -> None:
+        self.exercise, self.console, self.parts = exercise, console, parts
+        self.server = WarmServer(exercise)
+        self.seen = self.saved()
+        self.running = self.told = False
+        self.report: Report | None = None
+
+    def files(self) -> list[Path]:
+        """What a verdict depends on: the stub, its specs and the parts that it imports."""
+        parts = [self.exercise.root / self.parts / f"{stem}.py" for stem in self.exercise.parts]
+        return [self.exercise.stub, self.exercise.spec, *parts]
+
+    def saved(self) -> dict[Path, int]:
+        """When each file was last written."""
+        return {path: path.stat().st_mtime_ns for path in self.files() if path.exists()}
+
+    def loop(self) -> None:
+        """Until the learner quits."""
+        self.rerun()
+        with _wakeups(self.exercise.root) as woken, _keys() as keyboard:
+            while True:
+                sources: list[Any] = [
+                    self.server.connection,
+                    woken,
+                    *([] if keyboard is None else [keyboard]),
+                ]
+                ready = wait(sources, timeout=SLOW)
+                if keyboard in ready and keyboard is not None:
+                    typed = os.read(keyboard, 64).decode(errors="ignore").lower()
+                    if not typed:
+                        keyboard = None  # nobody is there: go on without keys
+                    if any(self.press(key) for key in typed):
+                        return
+                if woken in ready:
+                    os.read(woken, 4096)
+                if self.server.connection in ready:
+                    self.receive()
+                # Not every mount tells of its changes, so the files are looked at in any case.
+                if (now := self.saved()) != self.seen:
+                    self.seen = now
+                    self.rerun()
+                elif self.running and not ready and not self.told:
+                    self.told = True
+                    self.console.print(Text("judging …", "dim"))
+
+    def rerun(self) -> None:
+        """Judge now; what is being judged is cancelled."""
+        self.running, self.told = True, False
+        options = ["--parts", self.parts]
+        self.server.run(Job(str(self.exercise.root), self.exercise.stem, "", options))
+
+    def receive(self) -> None:
+        """Show the verdict that has come."""
+        try:
+            self.report = self.server.receive()
+        except (EOFError, OSError):
+            self.console.print(Text("the server of verdicts has ended; starting another", "yellow"))
+            self.server.close()
+            self.server = WarmServer(self.exercise)
+            self.rerun()
+            return
+        self.running = False
+        if self.console.is_terminal:
+            self.console.clear()
+        verdict.show(self.report, self.exercise, self.console, "press n")
+        for warning in self.report.warnings:
+            self.console.print(Text(warning, "yellow"))
+        self.foot()
+
+    def foot(self) -> None:
+        """The keys."""
+        keys = [part for key, word in KEYS.items() for part in ((key, "bold cyan"), f" {word}   ")]
+        self.console.print(Text.assemble("\n", *keys))
+
+    def press(self, key: str) -> bool:
+        """Do what a key asks for; True to quit."""
+        word = KEYS.get(key)
+        try:
+            if word == "next":
+                self.go_on()
+            elif word == "hint":
+                self.console.print(cli.next_hint(self.exercise))
+            elif word == "diff":
+                cli.must_have_passed(self.exercise)
+                self.console.print(cli.beside(self.exercise, self.console.width))
+            elif word == "picture":
+                command = [sys.executable, "-m", "kata", "show", self.exercise.stem]
+                subprocess.run(command, cwd=self.exercise.root, stdin=subprocess.DEVNULL)
+            elif word == "list":
+                self.console.print(cli.map_of(self.exercise.root))
+            elif word == "rerun":
+                self.rerun()
+        except ValueError as error:
+            self.console.print(Text(str(error), "yellow"))
+        return word == "quit"
+
+    def go_on(self) -> None:
+        """To the next exercise that has not passed."""
+        following = cli.next_after(self.exercise.root, self.exercise)
+        if following is None:
+            raise ValueError("every exercise has passed")
+        self.exercise, self.seen = following, {}
+        self.seen = self.saved()
+        self.server.prepare(following)
+        self.rerun()
+
+
+def watch(exercise: Exercise, console: Console, parts: str = "solutions") -> None:
+    """Watch one exercise after another until the learner quits."""
+    stub = verdict.near(str(exercise.stub))
+    console.print(Text.assemble(("watching ", "dim"), (stub, "cyan"), ("  warming up …", "dim")))
+    watching = Watch(exercise, console, parts)
+    try:
+        watching.loop()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        watching.server.close()
+
+
+@contextmanager
+def _wakeups(root: Path) -> Iterator[int]:
+    """A file descriptor that can be read when something below the floors was saved."""
+    reader, writer = os.pipe()
+    stop = threading.Event()
+    folders = [root / name for name in ("exercises", "solutions", "tests")]
+
+    def tell() -> None:
+        for _ in changes(
+            *folders, step=1, debounce=20, stop_event=stop, recursive=False, rust_timeout=200
+        ):
+            os.write(writer, b"!")
+
+    thread = threading.Thread(target=tell, daemon=True)
+    thread.start()
+    try:
+        yield reader
+    finally:
+        stop.set()
+        thread.join()
+        os.close(reader)
+        os.close(writer)
+
+
+@contextmanager
+def _keys() -> Iterator[int | None]:
+    """Standard input, with each key at once where it is a terminal; None where there is none."""
+    try:
+        keyboard = sys.stdin.fileno()
+    except (OSError, ValueError, AttributeError):
+        yield None
+        return
+    if not os.isatty(keyboard):
+        yield keyboard
+        return
+    before = termios.tcgetattr(keyboard)
+    tty.setcbreak(keyboard)
+    try:
+        yield keyboard
+    finally:
+        termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
