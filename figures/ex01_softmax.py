@@ -22,7 +22,9 @@ def draw(ex) -> Figure:
         weights = ex.softmax(SCORES / temperature)
         label = f"T = {temperature:g}"
         drawn = bars.bar(place + 0.27 * (i - 1), weights, 0.25, color=colour, label=label)
-        bars.bar_label(drawn, [f"{w:.2f}" for w in weights], fontsize=7, padding=2)
+        bars.bar_label(
+            drawn, [f"{w:.2f}" if w > 0.005 else "" for w in weights], fontsize=7, padding=2
+        )
     bars.set_xticks(place, [f"{w}\nscore {s:g}" for w, s in zip(WORDS, SCORES, strict=True)])
     bars.set(title="The cat sat on the …", ylabel="weight (all together 1)", ylim=(0, 1.08))
     bars.legend(frameon=False)
@@ -31,7 +33,7 @@ def draw(ex) -> Figure:
     scores = SCORES / temperatures[:, None]  # (temperature, word)
     weights = ex.softmax(scores, axis=1)
     entropy = -(weights * ex.log_softmax(scores, axis=1)).sum(axis=1)
-    curves.plot(temperatures, weights.max(axis=1), color="#555555", label="largest weight")
+    curves.plot(temperatures, weights.max(axis=1), color="#555555")
     curves.plot(
         temperatures, np.exp(entropy) / len(WORDS), color="#c58b1b", label="choices in play"
     )
@@ -39,12 +41,15 @@ def draw(ex) -> Figure:
     for temperature, colour in zip(TEMPERATURES, COLOURS, strict=True):
         curves.axvline(temperature, color=colour, linewidth=1, linestyle=":")
     curves.set(
-        title=f"From one of {len(WORDS)} to all {len(WORDS)}",
+        title="The same at every temperature",
         xscale="log",
         xlabel="temperature T",
         ylabel="share",
         ylim=(0, 1.08),
     )
     curves.text(0.055, 1 / len(WORDS) + 0.02, f"1/{len(WORDS)}", fontsize=8, color="#888888")
-    curves.legend(frameon=False, loc="center left")
+    curves.text(100, 0.25, "largest weight", color="#555555", ha="right")
+    curves.text(
+        100, 0.91, "choices in play,\nexp(entropy) / 5", color="#c58b1b", ha="right", va="top"
+    )
     return figure

@@ -48,7 +48,8 @@ class KVCache:
         returns: all keys and all values so far, each (batch, n_kv_heads, length, head_dim),
                  as views of the reserved memory
 
-        More tokens than there is room for raise ValueError, and the cache stays as it was.
+        More tokens than there is room for raise ValueError, which names max_len, and the
+        cache stays as it was.
         """
         # solution
         max_len, end = self.keys.shape[-2], self.length + k.shape[-2]
@@ -83,26 +84,24 @@ def attend_with_cache(
     n_pad:       (batch,) int64, how many of each sequence's first tokens are padding
     returns:     (batch, n_heads, n_new, head_dim), dtype of q
 
-    The token in slot s of sequence b, counted from the cache's beginning, has position
-    s − n_pad[b]. No query sees padding. The result of a query that is padding itself means
-    nothing, but must be finite: a NaN would reach every token through the next layer, since
-    0 · NaN is NaN.
+    Tokens stand in the order they came, the first one at position 0. No query sees padding. The
+    result of a query that is padding itself means nothing, but must be finite: a NaN would reach
+    every token through the next layer, since 0 · NaN is NaN.
     """
     # solution
     start = cache.length if cache is not None else 0
     slots = torch.arange(start + k.shape[-2], device=q.device)
-    padding = torch.zeros_like(slots[:1]) if n_pad is None else n_pad[:, None, None]
 
-    # Keys are rotated once, as they come: a later token's distance is in its own angle.
-    positions = slots[start:] - padding  # (batch, 1, n_new)
-    q = apply_rope_half(q, positions, frequencies)
-    k = apply_rope_half(k, positions, frequencies)
+    # Keys are turned once, as they come: a later query's distance is in its own angle. Padding
+    # shifts all positions of a sequence alike, and the distances stay.
+    q = apply_rope_half(q, slots[start:], frequencies)
+    k = apply_rope_half(k, slots[start:], frequencies)
     if cache is not None:
         k, v = cache.append(k, v)  # (batch, n_kv_heads, n_keys, head_dim)
 
-    # Slots are compared, not rows and columns: the queries are the last n_new of n_keys.
+    # The queries are the last n_new of n_keys tokens, so a square mask would not do.
     mask = slots <= slots[start:, None]  # (n_new, n_keys)
     if n_pad is not None:
         itself = slots == slots[start:, None]  # a softmax over nothing would be NaN
-        mask = mask & (slots >= padding[..., None]) | itself  # (batch, 1, n_new, n_keys)
+        mask = (mask & (slots >= n_pad[:, None, None, None])) | itself  # (batch, 1, n_new, n_keys)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)

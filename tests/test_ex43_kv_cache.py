@@ -21,7 +21,7 @@ def new_cache(ex, batch, max_len, dtype=torch.float64):
 
 
 def attend(ex, q, k, v, frequencies, chunks, max_len, n_pad=None):
-    """A text in chunks through one cache: the results one after the other, and the cache's lengths."""
+    """A text in chunks through one cache: all results in a row, and the lengths of the cache."""
     cache = new_cache(ex, len(q), max_len, k.dtype)
     parts = zip(*(x.split(chunks, dim=-2) for x in (q, k, v)), strict=True)
     outs, lengths = [], [cache.length]
@@ -139,7 +139,7 @@ def frequencies_for_specs():
 
 
 def uncached(q, k, v, frequencies):
-    """The definition: all tokens at once, turned as complex numbers, each seeing itself and those before."""
+    """The definition: all tokens at once, turned as complex numbers, each looks only back."""
     n = q.shape[-2]
     turns = torch.exp(1j * torch.arange(n)[:, None] * frequencies)
     half = HEAD_DIM // 2

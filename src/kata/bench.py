@@ -1,0 +1,164 @@
+"""`nox -s bench`: what DESIGN calls quick, measured; medians, and ratios taken in one run."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+
+from rich.console import Console
+from rich.markdown import Markdown
+
+from kata import catalog
+from kata.catalog import Exercise
+from kata.server import Job, WarmServer
+
+TORCHRUN = """
+import torch, torch.distributed as dist
+dist.init_process_group("gloo")
+x = torch.ones(1000)
+for _ in range(4):
+    dist.all_reduce(x)
+dist.destroy_process_group()
+"""
+
+SPEC_ON_RANKS = """
+import torch, torch.distributed as dist
+def run(ex, x):
+    for _ in range(4):
+        dist.all_reduce(x)
+    return x
+"""
+
+
+def median(run: Callable[[], object], times: int) -> float:
+    """The median of the seconds that it takes, after one go unmeasured."""
+    run()
+    seconds = []
+    for _ in range(times):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def front_door(root: Path, times: int) -> list[str]:
+    """`nox -s exercise-31` beside plain pytest with its defaults on the same file."""
+    exercise = catalog.find(root, 31)
+    nox = [str(Path(sys.executable).with_name("nox")), "-s", "exercise-31"]
+    plain = [sys.executable, "-m", "pytest", str(exercise.spec)]
+    quiet = {"cwd": root, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    ours, theirs = [], []
+    env = {k: v for k, v in os.environ.items() if k != "PYTEST_DISABLE_PLUGIN_AUTOLOAD"}
+    for _ in range(times + 1):  # in turn, so that a busy moment hits both
+        for command, seconds in ((nox, ours), (plain, theirs)):
+            start = time.perf_counter()
+            subprocess.run(command, env=env, **quiet)  # type: ignore[call-overload]
+            seconds.append(time.perf_counter() - start)
+    a, b = statistics.median(ours[1:]), statistics.median(theirs[1:])
+    return [_row("`nox -s exercise-31`, the solution", f"{a:.2f} s", "plain pytest", f"{b:.2f} s", b / a)]
+
+
+def save_to_verdict(root: Path, times: int) -> list[str]:
+    """From a save to the verdict in the terminal's process, beyond the specs' own seconds."""
+    from watchfiles import watch
+
+    exercise = catalog.find(root, 31)
+    right = exercise.solution.read_text("utf-8")
+    wrong = right.replace(" / math.sqrt(q.shape[-1])", "")
+    rows = []
+    server = WarmServer(exercise)
+    for name, text in (("passing", right), ("failing", wrong)):
+        totals, beyond = [], []
+        for _ in range(times + 2):
+            time.sleep(0.5)  # a spare is ready again
+            changes = watch(exercise.stub.parent, step=1, debounce=20, recursive=False, rust_timeout=0)
+            import threading
+
+            saver = threading.Timer(0.1, exercise.stub.write_text, [text])
+            saved = _when_written(exercise.stub, saver)
+            next(changes)
+            server.run(Job(str(root), exercise.stem))
+            report = server.receive()
+            totals.append(time.time() - saved())
+            beyond.append(totals[-1] - report.seconds)
+        total, over = statistics.median(totals[2:]), statistics.median(beyond[2:])
+        rows.append(_row(f"save to verdict, 31 {name}", f"{total:.3f} s", "beyond the specs", f"{over:.3f} s", None))
+    server.close()
+    return rows
+
+
+def _when_written(path: Path, saver: object) -> Callable[[], float]:
+    saver.start()  # type: ignore[attr-defined]
+
+    def when() -> float:
+        saver.join()  # type: ignore[attr-defined]
+        return path.stat().st_mtime
+
+    return when
+
+
+def four_ranks(root: Path, times: int) -> list[str]:
+    """An attempt of four ranks, warm, beside torchrun on the same collectives."""
+    del root
+    with tempfile.TemporaryDirectory() as folder:
+        spec = Path(folder, "test_ex72_bench.py")
+        spec.write_text(SPEC_ON_RANKS)
+        ours = float(_in_fresh_python(RANKS.format(spec=str(spec), times=times)))
+        script = Path(folder, "run.py")
+        script.write_text(TORCHRUN)
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "4", str(script)]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        theirs = median(lambda: subprocess.run(command, env=env, check=True, capture_output=True), max(3, times // 3))
+    return [_row("four ranks, one attempt", f"{ours:.2f} s", "`torchrun`", f"{theirs:.2f} s", theirs / ours)]
+
+
+RANKS = """
+import torch
+from kata import wire
+from kata.bench import median
+from kata.ranks import Job, RankServer
+server = RankServer()
+call = wire.encode(((torch.ones(1000),), {{}}))
+job = Job(4, {spec!r}, None, "/", "run", call, 0)
+def run():
+    assert not any(done.problem for done in server.run(job))
+print(median(run, {times}))
+server.close()
+"""
+
+
+def proof_of_all(root: Path, times: int) -> list[str]:
+    """The whole proof, an exercise."""
+    del times
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "kata", "proof"], cwd=root, check=True, capture_output=True)
+    seconds, count = time.perf_counter() - start, len(catalog.exercises(root))
+    return [_row(f"`nox -s proof`, {count} exercises", f"{seconds:.0f} s", "an exercise", f"{seconds / count:.1f} s", None)]
+
+
+def decoding(root: Path, times: int) -> list[str]:
+    """Tokens per second of exercise 44's reference on SmolLM2, beside transformers' generate."""
+    exercise = catalog.find(root, 44)
+    out = _in_fresh_python(DECODE.format(solutions=str(exercise.solution.parent), times=max(3, times // 3)))
+    ours, theirs = (float(word) for word in out.split())
+    return [_row("decoding SmolLM2-135M, float32", f"{ours:.1f} tokens/s", "transformers", f"{theirs:.1f} tokens/s", ours / theirs)]
+
+
+def _in_fresh_python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return done.stdout.strip().splitlines()[-1]
+
+
+def _row(what: str, ours: str, beside: str, theirs: str, ratio: float | None) -> str:
+    return f"| {what} | {ours} | {beside} | {theirs} | {f'{ratio:.1f} ×' if ratio else ''} |"
