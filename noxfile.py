@@ -155,11 +155,12 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """ruff, mypy --strict, and the stubs against their solutions."""
+    """ruff, mypy --strict, and what is made from the solutions: stubs, README's table."""
     interpreter = python(session)
     for command in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy", "src"]):
         session.run(interpreter, "-m", *command, external=True, log=False)
     kata(session, "stubs", "--check")
+    kata(session, "readme", "--check")
 
 
 @nox.session

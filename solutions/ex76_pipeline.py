@@ -17,6 +17,7 @@ Source: Huang et al. 2019, "GPipe", section 2, https://arxiv.org/abs/1811.06965;
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -40,7 +41,7 @@ def split_stages(layers: Sequence[nn.Module], n_stages: int) -> list[nn.Sequenti
             f"use at most {len(layers)} stages"
         )
     cuts = [stage * len(layers) // n_stages for stage in range(n_stages + 1)]
-    return [nn.Sequential(*layers[i:j]) for i, j in zip(cuts, cuts[1:], strict=False)]
+    return [nn.Sequential(*layers[i:j]) for i, j in pairwise(cuts)]
 
 
 def gpipe_schedule(n_stages: int, n_micro: int) -> list[list[Action]]:
@@ -100,10 +101,11 @@ def run_pipeline(
     returns:  the mean loss over the batch (a scalar) on the last rank, None on the others
 
     Micro-batch m is the m-th of n_micro equal pieces of the batch's rows. The gradients of
-    the batch's mean loss are added to the .grad of the stage's parameters. Activations of a
-    micro-batch are kept from its forward to its backward, no longer. Any schedule that
-    keeps the rules of gpipe_schedule must run, so a send must not wait for its receiver.
-    Outputs need not be contiguous. Rows that n_micro does not divide raise ValueError.
+    the batch's mean loss are added to the .grad of the stage's parameters. What a backward
+    needs is kept until then and no longer; messages may be kept until the end. Any schedule
+    that follows the rules in gpipe_schedule must run, so a send must not wait for its
+    receiver. Outputs need not be contiguous. Rows that n_micro does not divide raise
+    ValueError.
     """
     # solution
     rank, n_stages = dist.get_rank(), len(schedule)
@@ -120,7 +122,7 @@ def run_pipeline(
 
     for kind, m in schedule[rank]:
         if kind == "forward":
-            h = micro_x[m] if first else _receive(x, micro_x[m].shape, rank - 1).requires_grad_()
+            h = micro_x[m] if first else _receive(micro_x[m], rank - 1).requires_grad_()
             out = stage(h)
             if last:
                 # The mean over the batch is the mean of its micro-batches' means.
@@ -131,7 +133,7 @@ def run_pipeline(
             under_way[m] = h, out
         else:
             h, out = under_way.pop(m)
-            out.backward(None if last else _receive(x, out.shape, rank + 1))
+            out.backward(None if last else _receive(out, rank + 1))
             if not first:
                 sends.append(_send(h.grad, rank - 1))
     for send in sends:
@@ -145,7 +147,7 @@ def _send(tensor: Tensor, to: int) -> dist.Work:
     return dist.isend(tensor.detach().contiguous(), to)
 
 
-def _receive(like: Tensor, shape: torch.Size, source: int) -> Tensor:
-    tensor = torch.empty(shape, dtype=like.dtype, device=like.device)
+def _receive(like: Tensor, source: int) -> Tensor:
+    tensor = torch.empty(like.shape, dtype=like.dtype, device=like.device)
     dist.recv(tensor, source)
     return tensor

@@ -136,3 +136,70 @@ def test_softmax_multiplies_the_gradient_by_its_jacobian(attempt, shape, axis, f
     jacobian = torch.diag_embed(rows) - rows[..., :, None] * rows[..., None, :]
     product = (jacobian @ grad_y.movedim(dim, -1)[..., None])[..., 0]
     assert_close((y, grad_x), (expected, product.movedim(-1, dim)))
+
+
+def test_softmax_takes_any_memory_layout(attempt, rng):
+    x = randn(rng, 5, 2, 3).permute(1, 2, 0)
+    grad_y = randn(rng, 3, 1).expand(2, 3, 5)
+
+    results = attempt(softmax, x, 1, grad_y)
+
+    assert_close(results, softmax(oracle, x, 1, grad_y))
+
+
+def test_softmax_stays_exact_for_values_far_too_large_for_exp(attempt, rng):
+    x = 1e4 + 10 * randn(rng, 3, 5)
+    x[1] *= -1
+    grad_y = randn(rng, 3, 5)
+
+    results = attempt(softmax, x, 1, grad_y)
+
+    assert_close(results, softmax(oracle, x, 1, grad_y))
+
+
+def test_softmax_gives_second_derivatives(attempt, rng):
+    x, grad_y, direction = (randn(rng, 3, 5, 2) for _ in range(3))
+
+    seconds = attempt(softmax_twice, x, 1, grad_y, direction)
+
+    assert_close(seconds, softmax_twice(oracle, x, 1, grad_y, direction))
+
+
+def test_softmax_backward_leaves_gradient_and_weights_as_they_were(attempt, rng):
+    x, grad_y = randn(rng, 3, 5), randn(rng, 3, 5)
+
+    first, second, y = attempt(softmax_backward_again, x, -1, grad_y)
+
+    expected_y, expected = softmax(oracle, x, -1, grad_y)
+    assert_close((first, second, y), (expected, expected, expected_y))
+
+
+def test_softmax_keeps_no_memory_alive_but_its_output(attempt, rng):
+    x = randn(rng, 40, 30)
+
+    kept = attempt(softmax_keeps, x, 1)
+
+    assert_close(kept, {"saved": 0, "on ctx": 0})
+
+
+def test_cross_entropy_averages_over_all_targets(attempt, rng):
+    logits, targets = logits_and_targets(rng)
+    grad_loss = randn(rng)
+
+    results = attempt(cross_entropy, logits, targets, grad_loss)
+
+    assert_close(results, cross_entropy(oracle, logits, targets, grad_loss))
+
+
+@pytest.mark.parametrize("shape", [(5,), (2, 3, 4), (0, 3)])
+def test_cross_entropy_takes_any_leading_dimensions_and_memory_layout(attempt, rng, shape):
+    vocab_size = 7
+    logits = randn(rng, vocab_size, *shape).movedim(0, -1)
+    targets = torch.randint(vocab_size, shape[::-1], generator=rng).permute(
+        *range(len(shape) - 1, -1, -1)
+    )
+    grad_loss = randn(rng)
+
+    results = attempt(cross_entropy, logits, targets, grad_loss)
+
+    assert_close(results, cross_entropy(oracle, logits, targets, grad_loss))

@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 import linecache
 import random
+import re
 import sys
 import time
 import traceback
@@ -30,6 +31,7 @@ from kata import catalog, wire
 from kata.report import Frame
 
 Run = Callable[..., Any]
+UNWRITTEN = re.compile(r"exercise \d\d is not written yet")
 
 
 class Problem(msgspec.Struct):
@@ -42,7 +44,7 @@ class Problem(msgspec.Struct):
 
     @property
     def unwritten(self) -> bool:
-        return "NotImplementedError" in self.types and "is not written yet" in self.message
+        return bool(UNWRITTEN.fullmatch(self.message))
 
 
 class Done(msgspec.Struct):
@@ -176,13 +178,13 @@ def _seeded(seed: int) -> Iterator[None]:
 
 def problem(error: BaseException, files: set[str], rank: int | None = None) -> Problem:
     """An exception as data, with the frames of the learner's files."""
-    chain: BaseException | None = error
-    while chain is not None:  # "not written yet" inside a compiler's complaint is still that
-        if isinstance(chain, NotImplementedError) and "is not written yet" in str(chain):
-            error = chain
-        chain = chain.__cause__ or chain.__context__
     if isinstance(error, Elsewhere):
         return error.problem
+    chain: BaseException | None = error
+    while chain is not None:  # also inside a compiler's complaint, which quotes the line
+        if unwritten := UNWRITTEN.search(str(chain)):
+            return Problem(["NotImplementedError", "RuntimeError"], unwritten[0], [], rank)
+        chain = chain.__cause__ or chain.__context__
     types = [
         c.__name__ for c in type(error).__mro__ if c is type(error) or c.__module__ == "builtins"
     ]

@@ -305,3 +305,32 @@ def proof(
     folder = root()
     some = [catalog.find(folder, word) for word in numbers or ()]
     sys.exit(proving.main(some or catalog.exercises(folder), seed))
+
+
+@app.command()
+def bench(times: Annotated[int, typer.Option(help="how often each is measured")] = 9) -> None:
+    """For authors: measure the speeds; written to benchmarks.md and README.md."""
+    from kata import bench as benching
+
+    benching.main(root(), times)
+
+
+@app.command()
+def readme(
+    check: Annotated[
+        bool, typer.Option("--check", help="only compare; fail if it differs")
+    ] = False,
+) -> None:
+    """For authors: make README's table of exercises from the files."""
+    path = root() / "README.md"
+    text = path.read_text("utf-8")
+    head, begin, rest = text.partition("<!-- exercises -->\n")
+    _, end, tail = rest.partition("<!-- exercises: end -->")
+    rows = ["| no | exercise | suites |", "|---|---|---|"]
+    for e in catalog.exercises(root()):
+        link = f"[{e.title}](lessons/{e.stem}.md)"
+        rows.append(f"| {e.number:02d} | {link} | {', '.join(sorted(e.suites))} |")
+    fresh = head + begin + "\n".join(rows) + "\n" + end + tail
+    if check and fresh != text:
+        raise ValueError("README's table of exercises is stale; make it with: kata readme")
+    path.write_text(fresh, "utf-8")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -55,7 +54,7 @@ def prepare_environment() -> None:
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # JAX's katas shard over eight CPU devices
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -169,9 +168,12 @@ class Judge:
             detail = Detail("error", message, where=report.nodeid)
             self.broken.append(Report(exercise.stem, "", error=detail))
 
-    def pytest_collection_finish(self, session: pytest.Session) -> None:
-        if "hypothesis" in sys.modules:
+    def pytest_pycollect_makemodule(self, module_path: Path) -> None:
+        """Before a spec file is imported: `@settings` takes what it leaves open from the profile."""
+        if catalog.of_spec(module_path) and b"hypothesis" in module_path.read_bytes():
             _settle_hypothesis(self.option.seed)
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
         for item in session.items:
             self._asked.setdefault(item.path, set()).add(getattr(item, "originalname", item.name))
         # The one moment at which ranks can be forked: all is imported, nothing has run.

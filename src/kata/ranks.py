@@ -8,6 +8,7 @@ other, end the attempt, and the problem says which rank waited on which line.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import re
 import signal
@@ -73,6 +74,7 @@ class RankServer:
 def _serve(requests: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches our parent, and we end with it
     signal.setitimer(signal.ITIMER_REAL, 0)
+    gc.freeze()  # else a collection in a rank walks all of torch
     while True:
         try:
             job = msgspec.msgpack.decode(requests.recv_bytes(), type=Job)

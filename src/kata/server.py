@@ -27,7 +27,7 @@ from kata.catalog import Exercise
 from kata.report import Detail, Report
 
 IMPORTS = (
-    "numpy", "torch", "torch.distributed", "torch.utils.flop_counter", "sympy", "einops", "pytest",
+    "numpy", "torch", "torch.distributed.tensor", "torch.utils.flop_counter", "torch._dynamo", "torch.fx.experimental.symbolic_shapes", "einops", "pytest",
     "hypothesis", "kata.plugin", "kata.verdict",
 )  # fmt: skip
 LIMIT = 600.0  # seconds for a whole run

@@ -53,7 +53,7 @@ def test_says_in_a_sentence_what_is_right(attempt, rng):
     assert_close(out, x)
 '''
 
-MISTAKES = '''\
+MISTAKES = """\
 [[mistake]]
 says = "The input is negated."
 swap = [["return x", "return -x"]]
@@ -61,7 +61,7 @@ swap = [["return x", "return -x"]]
 [[accept]]
 says = "Returns a copy."
 swap = [["return x", "return x.clone()"]]
-'''
+"""
 
 LESSON = """\
 # {number} {title}

@@ -99,10 +99,13 @@ def compare(
 def _compare_values(
     actual: Any, expected: Any, rtol: float | None, atol: float | None, where: str, slack: float
 ) -> Mismatch | None:
-    shown = summary(actual), summary(expected)
     if _shape(actual) != _shape(expected):
         return _differ(
-            "shape", where, f"has shape {_shape(actual)}, expected {_shape(expected)}", *shown
+            "shape",
+            where,
+            f"has shape {_shape(actual)}, expected {_shape(expected)}",
+            summary(actual),
+            summary(expected),
         )
     # A Python number has no dtype of its own, but a whole number is no substitute for a truth value.
     both_typed = not (
@@ -110,7 +113,11 @@ def _compare_values(
     )
     if both_typed and _dtype(actual) != _dtype(expected):
         return _differ(
-            "dtype", where, f"has dtype {_dtype(actual)}, expected {_dtype(expected)}", *shown
+            "dtype",
+            where,
+            f"has dtype {_dtype(actual)}, expected {_dtype(expected)}",
+            summary(actual),
+            summary(expected),
         )
 
     a, e = _wide(actual), _wide(expected)
@@ -139,7 +146,7 @@ def _compare_values(
     there = np.asarray(_numpy(actual))[index], np.asarray(_numpy(expected))[index]
     largest = float(np.nanmax(np.where(np.isfinite(error), error, 0.0))) if error.size else 0.0
     return _differ(
-        cause, where, sentence, *shown, index=list(index), n_wrong=n_wrong, n_all=n_all,
+        cause, where, sentence, summary(actual), summary(expected), index=list(index), n_wrong=n_wrong, n_all=n_all,
         yours_there=_number(there[0]), expected_there=_number(there[1]), largest=largest,
     )  # fmt: skip
 
