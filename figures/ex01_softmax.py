@@ -48,7 +48,7 @@ def draw(ex) -> Figure:
         ylim=(0, 1.08),
     )
     curves.text(0.055, 1 / len(WORDS) + 0.02, f"1/{len(WORDS)}", fontsize=8, color="#888888")
-    curves.text(100, 0.25, "largest weight", color="#555555", ha="right")
+    curves.text(100, 0.28, "largest weight", color="#555555", ha="right")
     curves.text(
         100, 0.91, "choices in play,\nexp(entropy) / 5", color="#c58b1b", ha="right", va="top"
     )

@@ -46,6 +46,7 @@ def test_refuses_more_stages_than_layers(attempt):
 # --- schedules -----------------------------------------------------------------------------------
 
 SCHEDULES = {"GPipe": "gpipe_schedule", "1F1B": "one_f_one_b_schedule"}
+TIME = {"forward": 1, "backward": 2}
 
 
 def plan(ex, name, n_stages, n_micro):
@@ -54,7 +55,7 @@ def plan(ex, name, n_stages, n_micro):
 
 
 def simulate(schedule):
-    """When everything is done, if a forward takes 1, a backward 2, and a message no time."""
+    """When all is done, if messages take no time; fails if ranks wait for each other."""
     n_stages = len(schedule)
     ended: dict[tuple[str, int, int], int] = {}
     clocks, positions = [0] * n_stages, [0] * n_stages
@@ -74,13 +75,13 @@ def simulate(schedule):
                 before = awaited(rank)
                 if before is not None and before not in ended:
                     break
-                clocks[rank] = max(clocks[rank], ended.get(before, 0)) + (1 if kind == "forward" else 2)
+                clocks[rank] = max(clocks[rank], ended.get(before, 0)) + TIME[kind]
                 ended[kind, rank, m] = clocks[rank]
                 positions[rank] += 1
                 moved = True
     waiting = [rank for rank in range(n_stages) if positions[rank] < len(schedule[rank])]
     assert not waiting, "the ranks wait for each other: " + "; ".join(
-        "rank {} for the {} of micro-batch {} on rank {}".format(rank, kind, m, other)
+        f"rank {rank} for the {kind} of micro-batch {m} on rank {other}"
         for rank in waiting
         for kind, other, m in [awaited(rank)]
     )
@@ -168,25 +169,171 @@ class Block(nn.Module):
         return out.mT.contiguous().mT if self.turned else out
 
 
-class Watch:
-    """Counts what a stage keeps: saved numbers, and inputs that are still in memory."""
-
-    def __init__(self, stage):
-        self.saved = self.most_saved = self.most_inputs = 0
-        self.inputs = {}
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.Saved(self).pack, self.Saved.unpack)
-        stage.register_forward_pre_hook(self.enter)
-
-    def enter(self, stage, args):
-        reference = StorageWeakRef(args[0].untyped_storage())
-        self.inputs[reference.cdata] = reference
-        self.inputs = {k: r for k, r in self.inputs.items() if not r.expired()}
-        self.most_inputs = max(self.most_inputs, len(self.inputs))
-
-    class Saved:
-        pass
-
-
-def own_part(weights, cuts, rank, turned):
-    blocks = [Block(w, turned) for w in weights]
+def own_stage(weights, cuts, turned=False):
+    rank = dist.get_rank()
+    blocks = [Block(weight, turned) for weight in weights]
     return nn.Sequential(*blocks[cuts[rank] : cuts[rank + 1]])
+
+
+def hidden_elsewhere(x, targets):
+    """x as the first rank sees it and targets as the last: the others get NaN in their place."""
+    rank, n_ranks = dist.get_rank(), dist.get_world_size()
+    nothing_x, nothing = torch.full_like(x, torch.nan), torch.full_like(targets, torch.nan)
+    return x if rank == 0 else nothing_x, targets if rank == n_ranks - 1 else nothing
+
+
+def run_batches(ex, weights, cuts, schedule, batches, turned=False):
+    stage = own_stage(weights, cuts, turned)
+    losses = []
+    for x, targets in batches:
+        x, targets = hidden_elsewhere(x, targets)
+        losses.append(ex.run_pipeline(stage, schedule, x, targets, F.mse_loss))
+    return {"losses": losses, "grads": [p.grad for p in stage.parameters()]}
+
+
+def run_own_plan(ex, weights, schedule_name, n_micro, x, targets):
+    """The whole of the learner's: stages, schedule and run."""
+    n_stages = dist.get_world_size()
+    stage = ex.split_stages([Block(weight) for weight in weights], n_stages)[dist.get_rank()]
+    schedule = getattr(ex, SCHEDULES[schedule_name])(n_stages, n_micro)
+    x, targets = hidden_elsewhere(x, targets)
+    loss = ex.run_pipeline(stage, schedule, x, targets, F.mse_loss)
+    return {"losses": [loss], "grads": [p.grad for p in stage.parameters()]}
+
+
+class Kept:
+    """A tensor that autograd keeps for backward; counts its numbers until it is let go."""
+
+    def __init__(self, tensor, count):
+        # Detached: an output that holds its own graph would never be let go.
+        self.tensor, self.count = tensor.detach(), count
+        count["now"] += tensor.numel()
+        count["most"] = max(count["most"], count["now"])
+
+    def __del__(self):
+        self.count["now"] -= self.tensor.numel()
+
+
+def run_watched(ex, weights, cuts, schedule, n_micro, x, targets):
+    """The most that was kept at once: numbers saved for backward, and inputs still in memory."""
+    stage = own_stage(weights, cuts)
+    x, targets = hidden_elsewhere(x, targets)
+    rows = len(x) // n_micro
+    count, inputs, alive = {"now": 0, "most": 0}, [], []
+
+    def entered(_, args):
+        inputs.append(StorageWeakRef(args[0].untyped_storage()))
+        alive.append(sum(not storage.expired() for storage in inputs))
+
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: Kept(tensor, count), lambda kept: kept.tensor
+    ):
+        out = stage(x[:rows].clone().requires_grad_())
+        if dist.get_rank() == dist.get_world_size() - 1:
+            out = F.mse_loss(out, targets[:rows])
+        one = count["most"]
+        del out
+        count["most"] = count["now"]
+        stage.register_forward_pre_hook(entered)
+        ex.run_pipeline(stage, schedule, x, targets, F.mse_loss)
+    return {"saved for one": one, "saved": count["most"], "inputs": max(alive)}
+
+
+def parse(text):
+    """ "F0 B0" stands for [("forward", 0), ("backward", 0)]."""
+    kinds = {"F": "forward", "B": "backward"}
+    return [(kinds[word[0]], int(word[1:])) for word in text.split()]
+
+
+GPIPE = [parse("F0 F1 F2 F3 B0 B1 B2 B3")] * 2
+GPIPE_REVERSED = [parse("F0 F1 F2 F3 B3 B2 B1 B0")] * 2
+ONE_F_ONE_B = [
+    parse("F0 F1 F2 B0 F3 B1 B2 B3"),
+    parse("F0 F1 B0 F2 B1 F3 B2 B3"),
+    parse("F0 B0 F1 B1 F2 B2 F3 B3"),
+]
+CUTS = {2: [0, 3, 7], 3: [0, 2, 4, 7]}
+
+
+def randn(rng, *shape):
+    return torch.randn(*shape, generator=rng, dtype=torch.float64)
+
+
+def model_and_batches(rng, n_batches=1):
+    """The weight of each layer, and batches of (x, targets)."""
+    shape = BATCH, SEQ_LEN, D_MODEL
+    weights = [randn(rng, D_MODEL, D_MODEL) for _ in range(N_LAYERS)]
+    return weights, [(randn(rng, *shape), randn(rng, *shape)) for _ in range(n_batches)]
+
+
+def on_one_rank(weights, batches):
+    """The oracle: the whole model on whole batches."""
+    model = nn.Sequential(*(Block(weight) for weight in weights))
+    losses = []
+    for x, targets in batches:
+        loss = F.mse_loss(model(x), targets)
+        loss.backward()
+        losses.append(loss.detach())
+    return losses, [p.grad for p in model.parameters()]
+
+
+def check(ranks, weights, batches):
+    losses, grads = on_one_rank(weights, batches)
+    nowhere = [None] * len(batches)
+    assert_close([r["losses"] for r in ranks], [nowhere] * (len(ranks) - 1) + [losses])
+    assert_close([grad for r in ranks for grad in r["grads"]], grads)
+
+
+@pytest.mark.parametrize(
+    "schedule", [GPIPE, GPIPE_REVERSED, ONE_F_ONE_B], ids=["GPipe", "GPipe reversed", "1F1B"]
+)
+def test_gives_the_loss_and_the_gradients_of_the_whole_batch(attempt, rng, schedule):
+    weights, batches = model_and_batches(rng)
+    n = len(schedule)
+
+    ranks = attempt.ranks(n)(run_batches, weights, CUTS[n], schedule, batches)
+
+    check(ranks, weights, batches)
+
+
+def test_adds_its_gradients_to_those_of_an_earlier_batch(attempt, rng):
+    weights, batches = model_and_batches(rng, n_batches=2)
+
+    ranks = attempt.ranks(2)(run_batches, weights, CUTS[2], GPIPE, batches)
+
+    check(ranks, weights, batches)
+
+
+def test_passes_on_outputs_that_are_not_contiguous(attempt, rng):
+    weights, batches = model_and_batches(rng)
+
+    ranks = attempt.ranks(2)(run_batches, weights, CUTS[2], GPIPE, batches, turned=True)
+
+    check(ranks, weights, batches)
+
+
+def test_lets_go_of_a_micro_batch_after_its_backward(attempt, rng):
+    weights, [(x, targets)] = model_and_batches(rng)
+
+    ranks = attempt.ranks(3)(run_watched, weights, CUTS[3], ONE_F_ONE_B, 4, x, targets)
+
+    for rank, kept in enumerate(ranks):
+        assert kept["saved"] <= (3 - rank) * kept["saved for one"]
+        # The first rank's are all pieces of x. Elsewhere, one more may just have been received.
+        assert rank == 0 or kept["inputs"] <= 3 - rank + 1
+
+
+def test_trains_on_its_own_stages_and_its_own_schedule(attempt, rng):
+    weights, batches = model_and_batches(rng)
+
+    ranks = attempt.ranks(2)(run_own_plan, weights, "1F1B", 6, *batches[0])
+
+    check(ranks, weights, batches)
+
+
+def test_refuses_a_batch_that_cannot_be_divided(attempt, rng):
+    weights, [(x, targets)] = model_and_batches(rng)
+    batches = [(x[:-1], targets[:-1])]
+
+    with pytest.raises(ValueError, match="divi"):
+        attempt.ranks(2)(run_batches, weights, CUTS[2], GPIPE, batches)

@@ -77,7 +77,7 @@ def save_to_verdict(root: Path, times: int) -> list[str]:
     exercise = catalog.find(root, 31)
     right = exercise.solution.read_text("utf-8")
     rows = []
-    for name, text in (("passing", right), ("failing", right.replace(" / math.sqrt(", " * (")):
+    for name, text in (("passing", right), ("failing", right.replace(" / math.sqrt(", " * ("))):
         totals, beyond = [], []
         server = WarmServer(exercise)
         saves = watch(exercise.stub.parent, step=1, debounce=20, recursive=False, rust_timeout=0)
@@ -93,7 +93,9 @@ def save_to_verdict(root: Path, times: int) -> list[str]:
         server.close()
         total, over = statistics.median(totals[2:]), statistics.median(beyond[2:])
         rows.append(
-            _row(f"save to verdict, 31 {name}", f"{total:.3f} s", "beyond its specs", f"{over:.3f} s")
+            _row(
+                f"save to verdict, 31 {name}", f"{total:.3f} s", "beyond its specs", f"{over:.3f} s"
+            )
         )
     return rows
 

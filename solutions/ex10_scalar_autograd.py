@@ -1,0 +1,144 @@
+"""Exercise 10: scalar autograd.
+
+A computation is a graph: every number is made from earlier ones. If each step keeps the
+slopes of its result in its inputs, one walk from the end to the start gives the slope of
+the final number in all the others (the chain rule):
+
+    ∂y/∂p = Σ over all v that were made from p:  ∂v/∂p · ∂y/∂v
+
+Source: Baydin et al. 2018, "Automatic differentiation in machine learning: a survey",
+    section 3.2, https://arxiv.org/abs/1502.05767
+"""
+
+from __future__ import annotations
+
+import math
+
+
+class Value:
+    """A number that remembers what it was made from.
+
+    data:    float, the number
+    grad:    float, the slope of some y in this number, after y.backward(); before that 0.0
+    parents: pairs (parent, slope), one for each Value that this one was made from, where
+             slope is the derivative of this number with respect to that parent alone
+
+    A leaf is made by hand and has no parents: Value(2.0). All others come from operations.
+    The specs use Value(number), data, grad, the operations, `backward` and
+    `topological_order`; what a Value keeps besides is up to you.
+
+    >>> x = Value(3.0)
+    >>> y = x * x + 2 * x
+    >>> y.backward()
+    >>> y.data, x.grad
+    (15.0, 8.0)
+    """
+
+    def __init__(self, data: float, parents: tuple[tuple[Value, float], ...] = ()) -> None:
+        self.data = float(data)
+        self.grad = 0.0
+        self.parents = parents
+
+    def __add__(self, other: Value | float) -> Value:
+        """self + other. A plain number counts as a leaf, here and in all operations."""
+        # solution
+        other = _value(other)
+        return Value(self.data + other.data, ((self, 1.0), (other, 1.0)))
+
+    def __mul__(self, other: Value | float) -> Value:
+        """self · other."""
+        # solution
+        other = _value(other)
+        return Value(self.data * other.data, ((self, other.data), (other, self.data)))
+
+    def __pow__(self, exponent: float) -> Value:
+        """self to the power of a plain number, whole or not, positive or negative.
+
+        The slope at 0 is asked for exponents from 1 on. A Value as exponent raises TypeError.
+        """
+        # solution
+        if not isinstance(exponent, (int, float)):
+            raise TypeError(f"the exponent must be a number, got {type(exponent).__name__}")
+        slope = exponent * self.data ** (exponent - 1)
+        return Value(self.data**exponent, ((self, slope),))
+
+    def exp(self) -> Value:
+        """e to the power of self."""
+        # solution
+        result = math.exp(self.data)
+        return Value(result, ((self, result),))
+
+    def tanh(self) -> Value:
+        """The hyperbolic tangent of self, for numbers of any size."""
+        # solution
+        result = math.tanh(self.data)
+        return Value(result, ((self, 1 - result**2),))
+
+    def relu(self) -> Value:
+        """self where it is positive, else 0. At 0 itself the slope counts as 0."""
+        # solution
+        positive = self.data > 0
+        return Value(self.data if positive else 0.0, ((self, float(positive)),))
+
+    def backward(self) -> None:
+        """Find the slope of this number in every Value that it depends on.
+
+        Afterwards, for every such Value v:
+        - a leaf's grad has grown by ∂self/∂v: leaves add up over several backward calls;
+        - any other v.grad is ∂self/∂v of this call alone (so self.grad is 1), whatever
+          was there before.
+
+        Takes one visit to each Value, however many paths lead to it.
+        """
+        # solution
+        order = topological_order(self)
+        for value in order:
+            if value.parents:
+                value.grad = 0.0
+        self.grad += 1.0
+
+        # By the time a value passes its slope on, everything made from it has had its turn.
+        for value in reversed(order):
+            for parent, slope in value.parents:
+                parent.grad += slope * value.grad
+
+    # Given: the other operations follow from those above.
+
+    __radd__ = __add__
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Value:
+        return self * -1
+
+    def __sub__(self, other: Value | float) -> Value:
+        return self + other * -1
+
+    def __rsub__(self, other: float) -> Value:
+        return self * -1 + other
+
+    def __truediv__(self, other: Value | float) -> Value:
+        return self * other**-1
+
+
+def topological_order(root: Value) -> list[Value]:
+    """List all Values that root depends on, and root, each after those it was made from.
+
+    Each stands in the list once (the same object, not an equal one), root last. Chains of
+    many thousand Values are in order: Python gives up on functions nested 1000 deep.
+    """
+    # solution
+    order, seen = [], set()
+    waiting = [(root, False)]
+    while waiting:
+        value, parents_done = waiting.pop()
+        if parents_done:
+            order.append(value)
+        elif value not in seen:
+            seen.add(value)
+            waiting.append((value, True))  # taken up again when its parents are done
+            waiting += [(parent, False) for parent, _ in value.parents]
+    return order
+
+
+def _value(number: Value | float) -> Value:
+    return number if isinstance(number, Value) else Value(number)

@@ -1,0 +1,337 @@
+"""What a learner reads: pytest on small projects, and every line of DESIGN's "Bad input"."""
+
+import io
+import textwrap
+
+import pytest
+from rich.console import Console
+
+from kata import catalog, verdict
+from kata.plugin import JUDGE
+
+pytest_plugins = ["pytester"]
+
+SOLUTION = '''
+"""Exercise 05: doubling."""
+
+import torch
+
+
+def double(x):
+    """Twice x. Text raises TypeError."""
+    # solution
+    if isinstance(x, str):
+        raise TypeError(f"x must be a tensor, got {x!r}")
+    return 2 * x
+'''
+
+SPEC = """
+import pytest
+import torch
+from hypothesis import given, strategies as st
+from kata.testing import assert_close
+
+pytestmark = pytest.mark.cpu
+WITHOUT = ["torch.add"]
+
+def double(ex, x):
+    return ex.double(x)
+
+def test_doubles_a_tensor(attempt, rng):
+    x = torch.randn(2, 3, generator=rng, dtype=torch.float64)
+    assert_close(attempt(double, x), x + x)
+
+def test_refuses_text(attempt):
+    with pytest.raises(TypeError, match="tensor"):
+        attempt(double, "x")
+
+@given(n=st.integers(1, 5))
+def test_keeps_the_length(attempt, n):
+    assert attempt(double, torch.ones(n)).shape == (n,)
+"""
+
+MISTAKES = """
+[[mistake]]
+says = "It is tripled."
+swap = [["2 * x", "3 * x"]]
+
+[[mistake]]
+says = "It is squared."
+swap = [["2 * x", "x * x"]]
+
+[[accept]]
+says = "Adds it to itself."
+swap = [["2 * x", "x + x"]]
+"""
+
+
+class Project:
+    """A project of one exercise, judged by pytest in this process."""
+
+    def __init__(self, pytester):
+        self.pytester, self.root = pytester, pytester.path
+        for name in ("exercises", "solutions", "tests", "mistakes", "lessons"):
+            (self.root / name).mkdir()
+        (self.root / "solutions/ex05_doubling.py").write_text(SOLUTION)
+        (self.root / "tests/test_ex05_doubling.py").write_text(SPEC)
+        (self.root / "mistakes/ex05_doubling.toml").write_text(MISTAKES)
+        (self.root / "lessons/ex05_doubling.md").write_text("# 05\n## After it passes\n- Treble.\n")
+        self.exercise = catalog.find(self.root, 5)
+
+    def submit(self, body, *options):
+        """Judge an exercise with this text; returns (pytest's result, the report)."""
+        text = body if "def " in body else f"import torch\n\ndef double(x):\n    {body}\n"
+        self.exercise.stub.write_text(textwrap.dedent(text))
+        return self.judge(*options)
+
+    def judge(self, *options):
+        kept = []
+
+        class Keep:
+            def pytest_sessionstart(self, session):
+                kept.append(session.config.stash[JUDGE])
+
+        result = self.pytester.runpytest_inprocess(
+            "-p", "kata.plugin", "-p", "no:cacheprovider", "tests", *options, plugins=[Keep()]
+        )
+        return result, kept[0].reports[0]
+
+    def read(self, report, width=100):
+        """The verdict as the learner reads it."""
+        console = Console(file=io.StringIO(), width=width, color_system=None)
+        verdict.show(report, self.exercise, console, "kata watch 06")
+        return console.file.getvalue()
+
+
+@pytest.fixture
+def project(pytester):
+    return Project(pytester)
+
+
+def test_a_right_version_passes_and_is_told_what_to_try_next(project):
+    result, report = project.submit('''
+        def double(x):
+            if isinstance(x, str):
+                raise TypeError("a tensor, please")
+            return x * 2
+    ''')
+
+    result.assert_outcomes(passed=3)
+    text = project.read(report)
+    assert "05 doubling  passed  3 of 3 specs" in text
+    assert "✓ doubles a tensor" in text
+    assert "Treble." in text
+    assert "next: kata watch 06" in text
+    assert "passed | 3/3" in (project.root / "progress.md").read_text()
+
+
+def test_a_stub_is_not_written_yet_and_shows_no_traceback(project):
+    from kata.stubs import make_stub
+
+    result, report = project.submit(make_stub(SOLUTION, 5))
+
+    assert report.state == "unwritten"
+    assert {spec.status for spec in report.specs} == {"unwritten"}
+    text = project.read(report)
+    assert "not written yet" in text and "○ refuses text" in text and "kata hint 05" in text
+    for output in (text, result.stdout.str()):
+        assert "Traceback" not in output and "NotImplementedError" not in output
+
+
+def test_a_known_mistake_is_named_however_it_is_written(project):
+    _, report = project.submit("return x + 2 * x")
+
+    assert report.mistakes == ["It is tripled."]
+    text = project.read(report)
+    assert "a known mistake: It is tripled." in text
+    assert "6 of 6 elements differ" in text
+    assert "first at [0, 0]: yours" in text
+    assert "yours     float64[2, 3]" in text and "expected  float64[2, 3]" in text
+    assert "double(x: float64[2, 3])" in text
+    assert "tests/test_ex05_doubling.py:" in text
+    assert "kata hint 05" in text
+
+
+def test_an_unknown_mistake_is_not_named(project):
+    _, report = project.submit("return 5 * x")
+
+    assert report.state == "failed" and report.mistakes == []
+
+
+def test_only_the_first_failure_is_expanded(project):
+    _, report = project.submit("return x[:0]")
+
+    assert project.read(report).count("spec tests/") == 1
+    assert report.count("failed") == 3
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        ("return (2 * x)[0]", "has shape (3,), expected (2, 3)"),
+        ("return (2 * x).float()", "has dtype float32, expected float64"),
+        ("return x / 0", "elements are infinite where they should not be"),
+        ("return x * float('nan')", "elements are NaN where they should not be"),
+        ("return None", "the result is None, not a tensor"),
+        ("return object()", "object is not plain data"),
+        ("return x.mul_(2)", "double must leave its argument x as it was"),
+        ("return torch.add(x, x)", "torch.add is what this exercise asks you to write"),
+        ("return x.no_such_thing", "AttributeError: 'Tensor' object has no attribute"),
+    ],
+)
+def test_the_verdict_says_what_is_wrong(project, body, sentence):
+    _, report = project.submit(body)
+
+    assert sentence in project.read(report)
+
+
+def test_forbidden_help_is_noticed_even_if_the_complaint_is_swallowed(project):
+    _, report = project.submit('''
+        import torch
+        def double(x):
+            try:
+                torch.add(x, x)
+            except AssertionError:
+                pass
+            return 2 * x
+    ''')
+
+    assert report.specs[0].detail.kind == "reached"
+
+
+def test_an_exception_shows_the_learners_frames_only(project):
+    _, report = project.submit('''
+        def double(x):
+            return helper(x)
+
+        def helper(x):
+            return x.missing
+    ''')
+
+    frames = report.specs[0].detail.frames
+    assert [frame.function for frame in frames] == ["double", "helper"]
+    assert all(frame.file == str(project.exercise.stub) for frame in frames)
+    text = project.read(report)
+    assert "exercises/ex05_doubling.py:6 in helper" in text and "return x.missing" in text
+    assert "attempt.py" not in text
+
+
+def test_an_error_that_was_expected_and_did_not_come_is_told(project):
+    _, report = project.submit("return 2 * x")
+
+    assert "expected an error: TypeError" in project.read(report)
+
+
+def test_a_syntax_error_shows_file_line_and_text(project):
+    result, report = project.submit("def double(x):\n    return (2 * x\n")
+
+    text = project.read(report)
+    assert "SyntaxError" in text and "exercises/ex05_doubling.py:2" in text
+    assert "return (2 * x" in text
+    assert "_pytest" not in text and "_pytest" not in result.stdout.str()
+
+
+def test_a_missing_package_comes_with_the_command_that_installs_it(project):
+    _, report = project.submit("import no_such_package\ndef double(x):\n    return 2 * x\n")
+
+    assert "pip install no_such_package" in project.read(report)
+
+
+def test_specs_that_need_a_missing_package_say_so(project):
+    project.exercise.spec.write_text("import no_such_package\n" + SPEC)
+    project.submit("return 2 * x")
+    _, report = project.judge()
+
+    assert "pip install no_such_package" in project.read(report)
+
+
+def test_a_spec_that_runs_past_its_time_is_named_and_the_others_go_on(project):
+    _, report = project.submit(
+        '''
+        def double(x):
+            while x.ndim == 2:
+                pass
+            if isinstance(x, str):
+                raise TypeError("a tensor, please")
+            return 2 * x
+        '''.replace("x.ndim == 2", "getattr(x, 'ndim', 0) == 2"),
+        "--time-limit", "0.5",
+    )  # fmt: skip
+
+    assert [spec.status for spec in report.specs] == ["failed", "passed", "passed"]
+    assert "not done after 0.5 s" in project.read(report)
+
+
+def test_what_the_code_prints_is_shown_with_the_failure(project):
+    _, report = project.submit("print('here', 7); return 3 * x")
+
+    assert "here 7" in project.read(report)
+
+
+def test_leaving_the_interpreter_is_a_failure(project):
+    _, report = project.submit("raise SystemExit(0)")
+
+    assert report.state == "failed" and report.count("passed") == 0
+
+
+def test_other_seeds_draw_other_inputs_and_the_same_seed_the_same(project):
+    def yours(*options):
+        _, report = project.submit("return 3 * x", *options)
+        return report.specs[0].detail.mismatch["yours_there"]
+
+    assert yours() == yours() != yours("--seed", "1")
+
+
+def test_the_solutions_can_be_judged_and_leave_no_record(project):
+    result, report = project.judge("--on", "solutions")
+
+    result.assert_outcomes(passed=3)
+    assert report.state == "passed"
+    assert not (project.root / "progress.md").exists()
+
+
+def test_a_run_of_some_specs_is_not_recorded(project):
+    project.submit("return 2 * x", "-k", "doubles")
+
+    assert not (project.root / ".kata/runs.jsonl").exists()
+
+
+def test_a_submission_elsewhere_can_be_judged_in_a_worker(project, tmp_path):
+    mine = tmp_path / "mine.py"
+    mine.write_text("def double(x):\n    return helper(x)\n\ndef helper(x):\n    return 3 * x\n")
+
+    _, report = project.judge("--submission", str(mine), "--isolate")
+
+    assert report.mistakes == ["It is tripled."]
+    assert report.specs[1].detail.kind == "no-raise"
+
+
+def test_a_worker_that_dies_fails_the_spec(project):
+    body = "import os\ndef double(x):\n    os._exit(0)\n"
+    _, report = project.submit(body, "--isolate")
+
+    assert report.count("failed") == 3
+    assert "the worker gave no answer" in project.read(report)
+
+
+def test_junit_xml_on_request(project):
+    project.submit("return 3 * x", "--junitxml", "out.xml")
+
+    assert "known mistake" not in (project.root / "out.xml").read_text()
+    assert "6 of 6 elements differ" in (project.root / "out.xml").read_text()
+
+
+def test_narrow_terminals_lose_no_words(project):
+    _, report = project.submit("return 3 * x")
+
+    words = project.read(report, width=40).split()
+    assert words == project.read(report, width=200).split()
+
+
+def test_a_swap_whose_text_is_not_there_once_names_file_and_text(project):
+    from kata import mistakes
+
+    project.exercise.mistakes.write_text(MISTAKES.replace('"2 * x", "3 * x"', '"x", "y"'))
+    variant = mistakes.load(project.exercise).mistake[0]
+    with pytest.raises(mistakes.BadMistakes, match=r"ex05_doubling.toml.*'x', which stands \d+"):
+        mistakes.write(project.exercise, variant)

@@ -1,0 +1,296 @@
+"""Specs for exercise 10: scalar autograd."""
+
+import math
+import sys
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kata.testing import assert_close
+
+pytestmark = pytest.mark.cpu
+
+WITHOUT = ["torch.autograd.grad", "torch.autograd.backward", "torch.Tensor.backward"]
+
+
+class oracle:
+    """Torch's scalars have the operations of a Value, and their own backward."""
+
+    @staticmethod
+    def Value(number):
+        return torch.tensor(number, dtype=torch.float64, requires_grad=True)
+
+
+EXPRESSIONS = {
+    "sums and products": lambda a, b, c: a * b + c,
+    "powers": lambda a, b, c: a**3 + b**-2 + c**0.5,
+    "powers at 0": lambda a: a**2 + a**1,
+    "exp": lambda a, b: a.exp() + b.exp(),
+    "tanh": lambda a, b, c: a.tanh() + b.tanh() + c.tanh(),
+    "relu": lambda a, b, c: a.relu() + b.relu() * 2 + c.relu() * 3,
+    "numbers on the right": lambda a, b, c: (a + 2) * 3 + (b - 2) / 4 + c * 5,
+    "numbers on the left": lambda a, b, c: 2 + a + (3 - b) + 4 * c,
+    "given operations": lambda a, b, c: (a - b) / c + -a,
+    "used twice": lambda a, b: a + a + b * b,
+    "used early and late": lambda a, b: a * (a * b).tanh() * a.exp(),
+    "neuron": lambda x, y, v, w, b: (x * v + y * w + b).tanh(),
+}
+
+
+def slopes(ex, expression, numbers):
+    leaves = [ex.Value(number) for number in numbers]
+    y = EXPRESSIONS[expression](*leaves)
+    y.backward()
+    return {"y": float(y.data), "slopes": [float(leaf.grad) for leaf in leaves]}
+
+
+def ladder(ex, number):
+    """Each rung needs both rungs below it, and is finished when both rungs above it are."""
+    x = ex.Value(number)
+    rungs = [x, x * 2]
+    for _ in range(4):
+        rungs.append(rungs[-1] * rungs[-2] + rungs[-2])
+    rungs[-1].backward()
+    return {"y": float(rungs[-1].data), "slope": float(x.grad)}
+
+
+def program(ex, numbers, steps):
+    """Run steps such as ["*", 0, 2], each on earlier results, and sum up all results."""
+    values = [ex.Value(number) for number in numbers]
+    leaves = list(values)
+    for operation, i, j in steps:
+        a, b = values[i % len(values)], values[j % len(values)]
+        if operation == "+":
+            values.append(a + b)
+        elif operation == "*":
+            values.append(a * b)
+        elif operation == "square":
+            values.append(a**2)
+        elif operation == "relu":
+            values.append(a.relu())
+        elif operation == "tanh":
+            values.append(a.tanh())
+        else:
+            values.append(a.tanh().exp())  # the tanh keeps exp from growing too fast
+    y = values[0]
+    for value in values[1:]:
+        y = y + value
+    y.backward()
+    return {"y": float(y.data), "slopes": [float(leaf.grad) for leaf in leaves]}
+
+
+def order(ex):
+    """The names of a small graph in the order given, "?" for a Value made on the way."""
+    a, b = ex.Value(2.0), ex.Value(2.0)
+    c = a * b
+    d = c + a
+    e = d.tanh()
+    f = e * c
+    _ = f + b  # made from f, not the other way round
+    names = {id(a): "a", id(b): "b", id(c): "c", id(d): "d", id(e): "e", id(f): "f"}
+    return [names.get(id(value), "?") for value in ex.topological_order(f)]
+
+
+def backward_twice(ex, x, w):
+    x, w = ex.Value(x), ex.Value(w)
+    h = x * w
+    y = h * h + h
+    y.backward()
+    y.backward()
+    return {"x": float(x.grad), "w": float(w.grad), "h": float(h.grad), "y": float(y.grad)}
+
+
+def two_results(ex, x, w):
+    x, w = ex.Value(x), ex.Value(w)
+    h = x * w
+    y, z = h**2, h.exp()
+    y.backward()
+    z.backward()
+    return {"x": float(x.grad), "w": float(w.grad), "h": float(h.grad), "z": float(z.grad)}
+
+
+def untouched(ex):
+    """Gradients of Values that no backward has reached."""
+    x, unused = ex.Value(1.0), ex.Value(2.0)
+    before = float(x.grad)
+    above = x * 2
+    (above + 1).backward()
+    return [before, float(unused.grad), float((above * unused).grad)]
+
+
+@contextmanager
+def calls_limited(limit):
+    """Raise RuntimeError at the limit-th function call. Counted, since clocks differ."""
+    left = limit
+
+    def count(frame, event, argument):
+        nonlocal left
+        left -= event.endswith("call")
+        if left < 0:
+            sys.setprofile(None)
+            raise RuntimeError(f"more than {limit} function calls in one backward")
+
+    sys.setprofile(count)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
+
+
+def doubled(ex, times):
+    """2 to the power of `times` paths lead from y to x, over only so many Values."""
+    x = y = ex.Value(3.0)
+    for _ in range(times):
+        y = y + y
+    with calls_limited(100 * times):
+        y.backward()
+    return float(x.grad)
+
+
+def chain(ex, length):
+    x = y = ex.Value(1.0)
+    for _ in range(length):
+        y = y + 1.0
+    y.backward()
+    return [float(y.data), float(x.grad), len(ex.topological_order(y)) > length]
+
+
+def value_as_exponent(ex):
+    return (ex.Value(2.0) ** ex.Value(3.0)).data
+
+
+def test_finds_the_slopes_of_sums_and_products(attempt):
+    arguments = ("sums and products", [2.0, -3.0, 5.0])
+
+    out = attempt(slopes, *arguments)
+
+    assert_close(out, {"y": -1.0, "slopes": [-3.0, 2.0, 1.0]})
+
+
+def test_finds_the_slopes_of_powers(attempt):
+    for arguments in (("powers", [-1.5, -0.7, 3.0]), ("powers at 0", [0.0])):
+        out = attempt(slopes, *arguments)
+
+        assert_close(out, slopes(oracle, *arguments))
+
+
+def test_finds_the_slopes_of_exp_and_tanh(attempt):
+    for arguments in (("exp", [0.5, -2.0]), ("tanh", [0.8, -400.0, 400.0])):
+        out = attempt(slopes, *arguments)
+
+        assert_close(out, slopes(oracle, *arguments))
+
+
+def test_finds_the_slopes_of_relu(attempt):
+    arguments = ("relu", [2.0, -3.0, 0.0])
+
+    out = attempt(slopes, *arguments)
+
+    assert_close(out, {"y": 2.0, "slopes": [1.0, 0.0, 0.0]})
+
+
+def test_takes_plain_numbers_on_either_side(attempt):
+    for expression in ("numbers on the right", "numbers on the left", "given operations"):
+        arguments = (expression, [1.5, -2.0, 4.0])
+
+        out = attempt(slopes, *arguments)
+
+        assert_close(out, slopes(oracle, *arguments))
+
+
+def test_adds_up_the_slopes_of_a_value_that_is_used_more_than_once(attempt):
+    for expression in ("used twice", "used early and late"):
+        arguments = (expression, [1.2, -0.7])
+
+        out = attempt(slopes, *arguments)
+
+        assert_close(out, slopes(oracle, *arguments))
+
+
+def test_passes_a_slope_on_only_when_it_is_complete(attempt):
+    out = attempt(ladder, 0.3)
+
+    assert_close(out, ladder(oracle, 0.3))
+
+
+def test_lists_each_value_once_and_after_those_it_was_made_from(attempt):
+    out = attempt(order)
+
+    names = [name for name in out if name != "?"]
+    assert sorted(names) == ["a", "b", "c", "d", "e", "f"]
+    assert out[-1] == "f"
+    for later, earlier in ("ca", "cb", "dc", "da", "ed", "fe", "fc"):
+        assert names.index(later) > names.index(earlier), f"{later} stands before {earlier}"
+
+
+def test_adds_up_leaves_over_two_backward_calls_and_starts_all_others_afresh(attempt):
+    x, w = 1.5, -2.0
+
+    out = attempt(backward_twice, x, w)
+
+    slope = 2 * x * w + 1  # of y = h² + h in h = x w
+    assert_close(out, {"x": 2 * w * slope, "w": 2 * x * slope, "h": slope, "y": 1.0})
+
+
+def test_keeps_apart_the_slopes_of_two_results_that_share_a_value(attempt):
+    x, w = 1.5, -2.0
+
+    out = attempt(two_results, x, w)
+
+    slope = math.exp(x * w)
+    both = 2 * x * w + slope
+    assert_close(out, {"x": w * both, "w": x * both, "h": slope, "z": 1.0})
+
+
+def test_leaves_values_alone_that_the_result_does_not_depend_on(attempt):
+    out = attempt(untouched)
+
+    assert_close(out, [0.0, 0.0, 0.0])
+
+
+def test_visits_each_value_once_however_many_paths_lead_to_it(attempt):
+    out = attempt(doubled, 40)
+
+    assert_close(out, 2.0**40)
+
+
+def test_follows_a_chain_of_five_thousand_values(attempt):
+    out = attempt(chain, 5000)
+
+    assert_close(out, [5001.0, 1.0, True])
+
+
+def test_rejects_a_value_as_exponent(attempt):
+    with pytest.raises(TypeError):
+        attempt(value_as_exponent)
+
+
+numbers = st.floats(-2, 2)
+steps = st.tuples(
+    st.sampled_from(["+", "*", "square", "relu", "tanh", "exp"]),
+    st.integers(0, 6),
+    st.integers(0, 6),
+)
+
+
+@given(numbers=st.lists(numbers, min_size=1, max_size=3), steps=st.lists(steps, max_size=4))
+def test_agrees_with_torch_on_any_graph(attempt, numbers, steps):
+    out = attempt(program, numbers, steps)
+
+    assert_close(out, program(oracle, numbers, steps))
+
+
+@given(numbers=st.tuples(*[numbers] * 5), which=st.integers(0, 4))
+def test_predicts_what_a_small_step_does(attempt, numbers, which):
+    step = 1e-5
+    up, down = list(numbers), list(numbers)
+    up[which] += step
+    down[which] -= step
+
+    out = attempt(slopes, "neuron", list(numbers))
+
+    rise = slopes(oracle, "neuron", up)["y"] - slopes(oracle, "neuron", down)["y"]
+    assert_close(out["slopes"][which], rise / (2 * step))
