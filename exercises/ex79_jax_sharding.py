@@ -51,8 +51,7 @@ def data_parallel_step(
     its rows first. Each device holds 1/n_data of the batch's rows, and of the parameters
     what param_specs says: before the step, and again after it. The new parameters are
     params − learning_rate · (the gradient of the loss over all rows), and the loss is the
-    mean over all rows, before the step, whole on every device. Rows that n_data does not
-    divide raise ValueError; JAX's own will do.
+    mean over all rows, before the step, whole on every device. n_data divides the rows.
     """
     raise NotImplementedError("exercise 79 is not written yet")
 

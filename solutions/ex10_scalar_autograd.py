@@ -54,7 +54,8 @@ class Value:
     def __pow__(self, exponent: float) -> Value:
         """self to the power of a plain number, whole or not, positive or negative.
 
-        The slope at 0 is asked for exponents from 1 on. A Value as exponent raises TypeError.
+        Where self is 0 the exponent is 1 or more, and where self is negative it is whole.
+        A Value as exponent raises TypeError.
         """
         # solution
         if not isinstance(exponent, (int, float)):

@@ -56,7 +56,7 @@ def gather_parameters(
     shapes:  the shapes of the tensors
     group:   the ranks that share them; None stands for all ranks
     returns: the whole tensors on every rank, without the padding, whatever that holds. They may
-             be views of one buffer. No gradient flows through them.
+             be views of one buffer. Need not be differentiable.
     """
     # solution
     n_ranks = dist.get_world_size(group)
@@ -64,7 +64,7 @@ def gather_parameters(
     dist.all_gather_into_tensor(flat, shard.detach().contiguous(), group=group)
     sizes = [math.prod(shape) for shape in shapes]
     parts = flat[: sum(sizes)].split(sizes)
-    return [part.view(*shape) for part, shape in zip(parts, shapes, strict=True)]
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def reduce_scatter_gradients(

@@ -115,16 +115,20 @@ def saved_by_generating(ex, config, tokens):
 
 def oracle(config, weights):
     """GPT2LMHeadModel or OpenAIGPTLMHeadModel with these weights."""
-    transformers = pytest.importorskip("transformers")
-    kind = "GPT2" if config["pre_norm"] else "OpenAIGPT"
-    theirs = getattr(transformers, f"{kind}Config")(
+    if config["pre_norm"]:
+        from transformers.models.gpt2.configuration_gpt2 import GPT2Config as Config
+        from transformers.models.gpt2.modeling_gpt2 import GPT2LMHeadModel as Model
+    else:
+        from transformers.models.openai.configuration_openai import OpenAIGPTConfig as Config
+        from transformers.models.openai.modeling_openai import OpenAIGPTLMHeadModel as Model
+    theirs = Config(
         vocab_size=config["vocab_size"], n_positions=config["block_size"], n_embd=config["d_model"],
         n_layer=config["n_layers"], n_head=config["n_heads"], bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
-    model = getattr(transformers, f"{kind}LMHeadModel")(theirs).double().eval()
-    model.load_state_dict(
-        {their_name(k, config): stored(k, w) for k, w in weights.items()}, strict=False
-    )
+    model = Model(theirs).double().eval()
+    renamed = {their_name(name, config): stored(name, weight) for name, weight in weights.items()}
+    missing, unexpected = model.load_state_dict(renamed, strict=False)
+    assert missing == ["lm_head.weight"] and not unexpected  # it is tied: loaded as the embedding
     return model
 
 

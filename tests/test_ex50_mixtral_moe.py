@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
@@ -75,7 +74,7 @@ def mixture(weights, k, x):
 
 def one_token(weights, k, token):
     shares = torch.exp(weights["router"] @ token)
-    chosen = sorted(range(len(shares)), key=lambda e: -float(shares[e]))[:k]
+    chosen = shares.argsort(descending=True)[:k]
     total = sum(shares[e] for e in chosen)
     return sum(shares[e] / total * expert(weights, e, token) for e in chosen)
 
@@ -162,12 +161,14 @@ def test_gives_what_mixtral_gives(attempt, rng, k):
 
     out = attempt(mix, weights, k, x)
 
-    mixtral = pytest.importorskip("transformers.models.mixtral.modeling_mixtral")
-    config = mixtral.MixtralConfig(
+    from transformers.models.mixtral.configuration_mixtral import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+    config = MixtralConfig(
         hidden_size=D_MODEL, intermediate_size=D_FF, num_local_experts=N_EXPERTS,
         num_experts_per_tok=k,
     )  # fmt: skip
-    block = mixtral.MixtralSparseMoeBlock(config)
+    block = MixtralSparseMoeBlock(config)
     gate_up = torch.cat([weights["gate_proj"], weights["up_proj"]], dim=1)
     block.load_state_dict(
         {"gate.weight": weights["router"], "experts.gate_up_proj": gate_up}
@@ -190,13 +191,11 @@ def test_passes_gradients_to_the_router_the_experts_and_x(attempt, rng, k):
 
 
 def test_leaves_an_expert_without_tokens_at_rest(attempt, rng):
-    weights, x = make_weights(rng), make_x(rng, 7, D_MODEL)
+    weights, x, grad = make_weights(rng), make_x(rng, 7, D_MODEL), make_x(rng, 7, D_MODEL)
     x[:, 0] = 1.0
     weights["router"][:, 0] = torch.tensor([-30.0, 0, 30, -30, 0])  # 2 always, 0 and 3 never
 
-    found = attempt(
-        mix_and_differentiate, weights, 2, x, torch.ones(7, D_MODEL).double(), may_change=True
-    )
+    found = attempt(mix_and_differentiate, weights, 2, x, grad, may_change=True)
 
     assert_close(found["out"], mixture(weights, 2, x))
     for name in ("gate_proj", "up_proj", "down_proj"):
@@ -226,10 +225,10 @@ def test_keeps_half_precision(attempt, rng, dtype):
 
     out = attempt(mix, weights, N_EXPERTS, x)
 
-    # All experts take part, so that rounding cannot change the choice. About ten roundings of
-    # half a unit lie between x and a result; the terms that cancel in it are below 8.
+    # All experts take part, so that rounding cannot change the choice. Some ten roundings lie
+    # between x and a result, of terms up to 4 that may cancel in it: hence the wider tolerance.
     precise = mixture({name: w.double() for name, w in weights.items()}, N_EXPERTS, x.double())
-    assert_close(out, precise.to(dtype), atol=8 * 10 * torch.finfo(dtype).eps / 2)
+    assert_close(out, precise.to(dtype), atol=4 * 10 * torch.finfo(dtype).eps)
 
 
 @pytest.mark.parametrize("k", [1, 2, 4])

@@ -193,13 +193,6 @@ def test_compiles_once_for_many_steps(attempt, np_rng):
     assert out["traces"] <= 2
 
 
-def test_refuses_rows_that_cannot_be_divided(attempt, np_rng):
-    params, batch = regression(np_rng, rows=18)
-
-    with pytest.raises(ValueError, match="divi"):
-        attempt(take_steps, 4, 2, None, params, batch)
-
-
 def choose(ex, n_data, n_model, shapes):
     """The block of each parameter on one device, and the mesh axes that cut it."""
     mesh = mesh_of(n_data, n_model)

@@ -51,23 +51,47 @@ def _ended(text: bytes, eol: bytes) -> bytes:
 def _around(old: bytes) -> tuple[bytes, bytes]:
     """What stands above the table and what stands below it.
 
-    A marker that is a line of its own is taken away wherever it stands. Rows are taken away where
-    they are surely the table's: from one marker to the other or, where no such pair is left, below
-    the table's own head. Any other text that came to stand among the rows goes below the table.
+    A marker that is a line of its own is taken away wherever it stands, and rows where they are
+    surely the table's. Any other text that came to stand among them goes below the table.
     """
     lines = old.splitlines(keepends=True)
     words = [line.rstrip() for line in lines]
     marks = [i for i, word in enumerate(words) if word in (BEGIN, END)]
-    pairs = [(i, j) for i, j in pairwise(marks) if (words[i], words[j]) == (BEGIN, END)]
-    pairs = pairs or _unmarked(words)
-    dropped = set(marks).union(*(_rows(words, first, last) for first, last in pairs))
-    if pairs or marks:
-        place = pairs[0][0] if pairs else marks[0]
+    spans = _spans(words, marks)
+    dropped = set(marks).union(*(_rows(words, first, last) for first, last in spans))
+    if spans or marks:
+        place = spans[0][0] if spans else marks[0]
     else:
         place = int(old.startswith((b"# ", b"\xef\xbb\xbf")))  # below a title or a byte order mark
     above = [line for i, line in enumerate(lines) if i < place and i not in dropped]
     below = [line for i, line in enumerate(lines) if i >= place and i not in dropped]
     return b"".join(above), b"".join(below)
+
+
+def _spans(words: Sequence[bytes], marks: Sequence[int]) -> list[tuple[int, int]]:
+    """The first and last lines of each table that kata made; a sound page has one.
+
+    It begins at a marker and ends at the next one, or with its rows where that is missing. Where
+    no rows have a marker, the first table that has our head will do.
+    """
+    spans = []
+    for begin, following in pairwise([*marks, len(words)]):
+        if words[begin] == BEGIN:
+            closed = following < len(words) and words[following] == END
+            spans.append((begin, following if closed else _last_row(words, begin)))
+    spans = [(first, last) for first, last in spans if first < last]
+    head = HEAD[0].encode()
+    if not spans and head in words:
+        spans = [(words.index(head), _last_row(words, words.index(head)))]
+    return spans
+
+
+def _last_row(words: Sequence[bytes], first: int) -> int:
+    """The last of the rows that follow this line without a gap, or the line itself."""
+    last = first
+    while last + 1 < len(words) and words[last + 1].startswith(b"|"):
+        last += 1
+    return last
 
 
 def _rows(words: Sequence[bytes], first: int, last: int) -> set[int]:
@@ -76,14 +100,3 @@ def _rows(words: Sequence[bytes], first: int, last: int) -> set[int]:
     rows = {i for i in inside if words[i].lstrip().startswith(b"|")}
     text = [i for i in inside if i not in rows and words[i] not in (b"", BEGIN, END)]
     return rows.union(i for i in inside if not text or not text[0] <= i <= text[-1])
-
-
-def _unmarked(words: Sequence[bytes]) -> list[tuple[int, int]]:
-    """The first and last line of the first table that has our head, if there is one."""
-    head = HEAD[0].encode()
-    if head not in words:
-        return []
-    first = last = words.index(head)
-    while last + 1 < len(words) and words[last + 1].startswith(b"|"):
-        last += 1
-    return [(first, last)]

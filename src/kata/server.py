@@ -92,7 +92,7 @@ def judge(job: Job, quiet: bool = True) -> Report:
             judges.append(session.config.stash[plugin.JUDGE])
 
     quiet_options = _QUIET if quiet else []
-    options = [*quiet_options, *job.options, "--rootdir", job.root]
+    options = ["-p", "kata.plugin", *quiet_options, *job.options, "--rootdir", job.root]
     if job.submission:
         options += ["--submission", job.submission]
     pytest.main([*options, str(job.exercise.spec)], plugins=[Keep()])
@@ -307,3 +307,4 @@ def serve(client: Connection) -> None:
 
 if __name__ == "__main__":
     serve(Connection(int(sys.argv[1])))
+    os._exit(0)  # an orderly exit has Triton's bindings complain of leaks

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import re
-import textwrap
 
 MARK = re.compile(r"^(?P<indent>[ ]+)# solution[ ]*$")
 
@@ -20,7 +19,7 @@ def make_stub(source: str, number: int) -> str:
     A top-level private name (`_like_this`) that only hidden lines use is left out.
     """
     lines = source.splitlines()
-    hidden = _hidden_lines(lines)
+    hidden = _hidden_lines(source)
     if not hidden:
         raise BadSolution("no `# solution` comment: the stub would give the solution away")
     kept = [i for i in range(len(lines)) if i not in hidden]
@@ -47,38 +46,30 @@ def make_stub(source: str, number: int) -> str:
     return text
 
 
-def _hidden_lines(lines: list[str]) -> set[int]:
+def _hidden_lines(source: str) -> set[int]:
     """The numbers of the lines from each mark to the end of its block."""
+    lines = source.splitlines()
+    blocks = [
+        (block, isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
+        for node in ast.walk(ast.parse(source))
+        for block in (getattr(node, name, []) for name in ("body", "orelse", "finalbody"))
+        if isinstance(block, list) and block
+    ]
     hidden: set[int] = set()
     for start, line in enumerate(lines):
-        match = MARK.match(line)
-        if line.strip() == "# solution" and not match:
-            raise BadSolution(f"line {start + 1}: `# solution` must stand inside a function")
-        if not match or start in hidden:
+        if line.strip() != "# solution" or start in hidden:
             continue
-        indent = len(match["indent"])
-        end = start
-        for i in range(start, len(lines)):
-            text = lines[i]
-            if (
-                text.strip()
-                and len(text) - len(text.lstrip()) < indent
-                and not _continues(lines, start, i)
-            ):
-                break
-            if text.strip():
-                end = i
-        hidden |= set(range(start, end + 1))
+        indent = len(line) - len(line.lstrip())
+        after = [
+            (min(s.lineno for s in block if s.lineno > start), block, inside)
+            for block, inside in blocks
+            if block[0].col_offset == indent and block[-1].lineno > start
+        ]
+        first, block, inside = min(after, key=lambda found: found[0], default=(0, [], False))
+        if not inside:
+            raise BadSolution(f"line {start + 1}: `# solution` must stand inside a function")
+        hidden |= set(range(start, block[-1].end_lineno or first))
     return hidden
-
-
-def _continues(lines: list[str], start: int, i: int) -> bool:
-    """Whether line i, though less indented, is inside a bracket or string opened since `start`."""
-    try:
-        ast.parse(textwrap.dedent("\n".join(lines[start:i])))
-    except SyntaxError:
-        return True
-    return False
 
 
 def _unused_private(tree: ast.Module, kept: list[int], lines: list[str]) -> set[int]:

@@ -14,6 +14,7 @@ TOLERANCES = {
     "bfloat16": (1.6e-2, 1e-5),
     "float32": (1.3e-6, 1e-5),
     "float64": (1e-7, 1e-7),
+    "complex32": (1e-3, 1e-5),
     "complex64": (1.3e-6, 1e-5),
     "complex128": (1e-7, 1e-7),
 }
@@ -44,9 +45,9 @@ def assert_close(
     """Fail unless `actual` has the kind, shape, dtype and values of `expected`.
 
     Takes tensors, arrays, numbers, strings, None and containers of them. Values are compared in
-    float64: |actual − expected| ≤ atol + rtol·|expected|, by default with torch's tolerances for the
-    coarser dtype of the two. NaN equals NaN and inf equals inf, in the same places. Name a wider
-    tolerance only with its reason.
+    float64: |actual − expected| ≤ atol + rtol·|expected|, by default with torch's tolerances for
+    the coarser dtype of the two. NaN equals NaN and inf equals inf, in the same places. Name a
+    wider tolerance only with its reason.
     """
     __tracebackhide__ = True
     mismatch = compare(actual, expected, rtol, atol)
@@ -65,13 +66,8 @@ def compare(
     """The first difference, or None. `slack` multiplies the default tolerances."""
     if isinstance(expected, dict) and isinstance(actual, dict):
         if actual.keys() != expected.keys():
-            return _differ(
-                "keys",
-                where,
-                "has other keys",
-                sorted(map(str, actual)),
-                sorted(map(str, expected)),
-            )
+            yours, theirs = sorted(map(str, actual)), sorted(map(str, expected))
+            return _differ("keys", where, "has other keys", yours, theirs)
         pairs = [(f"{where}[{k!r}]", actual[k], v) for k, v in expected.items()]
     elif isinstance(expected, (list, tuple)) and isinstance(actual, (list, tuple)):
         if len(actual) != len(expected):
@@ -80,13 +76,8 @@ def compare(
             (f"{where}[{i}]", a, e) for i, (a, e) in enumerate(zip(actual, expected, strict=True))
         ]
     elif _kind(actual) != _kind(expected):
-        return _differ(
-            "kind",
-            where,
-            f"is {_kind(actual)}, not {_kind(expected)}",
-            summary(actual),
-            summary(expected),
-        )
+        sentence = f"is {_kind(actual)}, not {_kind(expected)}"
+        return _differ("kind", where, sentence, summary(actual), summary(expected))
     elif _kind(expected) in ("a tensor", "an array", "a number"):
         return _compare_values(actual, expected, rtol, atol, where, slack)
     elif actual != expected:
@@ -99,35 +90,24 @@ def compare(
 def _compare_values(
     actual: Any, expected: Any, rtol: float | None, atol: float | None, where: str, slack: float
 ) -> Mismatch | None:
-    if _shape(actual) != _shape(expected):
-        return _differ(
-            "shape",
-            where,
-            f"has shape {_shape(actual)}, expected {_shape(expected)}",
-            summary(actual),
-            summary(expected),
-        )
-    # A Python number has no dtype of its own, but a whole number is no substitute for a truth value.
-    both_typed = not (
-        type(actual) in (int, float, complex) or type(expected) in (int, float, complex)
-    )
-    if both_typed and _dtype(actual) != _dtype(expected):
-        return _differ(
-            "dtype",
-            where,
-            f"has dtype {_dtype(actual)}, expected {_dtype(expected)}",
-            summary(actual),
-            summary(expected),
-        )
+    # A Python number has no dtype of its own.
+    untyped = {type(actual), type(expected)} & {int, float, complex}
+    for cause, of in (("shape", _shape), ("dtype", _dtype)):
+        if of(actual) != of(expected) and not (untyped and cause == "dtype"):
+            sentence = f"has {cause} {of(actual)}, expected {of(expected)}"
+            return _differ(cause, where, sentence, summary(actual), summary(expected))
 
-    a, e = _wide(actual), _wide(expected)
     default = [TOLERANCES.get(_dtype(x), (0.0, 0.0)) for x in (actual, expected)]
     rtol = slack * max(d[0] for d in default) if rtol is None else rtol
     atol = slack * max(d[1] for d in default) if atol is None else atol
+    yours, theirs = _numpy(actual), _numpy(expected)
+    a, e = _wide(yours), _wide(theirs)
     with np.errstate(all="ignore"):
-        same = (a == e) | (np.isnan(a) & np.isnan(e))
+        # Not a == e: float64 cannot tell whole numbers beyond 2⁵³ apart.
+        good = (yours == theirs) | (np.isnan(a) & np.isnan(e))
         error = np.abs(a - e)
-        good = same | (np.isfinite(a) & np.isfinite(e) & (error <= atol + rtol * np.abs(e)))
+        if rtol or atol:
+            good |= np.isfinite(a) & np.isfinite(e) & (error <= atol + rtol * np.abs(e))
     if good.all():
         return None
 
@@ -143,11 +123,12 @@ def _compare_values(
         sentence = sentence if n_all > 1 else f"is {what} where it should not be"
     else:
         sentence = f"{n_wrong} of {n_all} elements differ" if n_all > 1 else "differs"
-    there = np.asarray(_numpy(actual))[index], np.asarray(_numpy(expected))[index]
+    yours_there, expected_there = _apart(yours[index], theirs[index])
     largest = float(np.nanmax(np.where(np.isfinite(error), error, 0.0))) if error.size else 0.0
     return _differ(
-        cause, where, sentence, summary(actual), summary(expected), index=list(index), n_wrong=n_wrong, n_all=n_all,
-        yours_there=_number(there[0]), expected_there=_number(there[1]), largest=largest,
+        cause, where, sentence, summary(actual), summary(expected),
+        index=list(index), n_wrong=n_wrong, n_all=n_all,
+        yours_there=yours_there, expected_there=expected_there, largest=largest,
     )  # fmt: skip
 
 
@@ -188,11 +169,11 @@ def summary(data: Any, values: bool = True) -> str:
             return head
         finite = array[np.isfinite(array)].astype(np.float64)
         odd = array.size - finite.size
-        text = (
-            f"{head} in [{_number(finite.min())}, {_number(finite.max())}]" if finite.size else head
-        )
+        text = head
         if finite.size:
-            text += f" μ {_number(finite.mean())} σ {_number(finite.std())}"
+            text += f" in [{_number(finite.min())}, {_number(finite.max())}]"
+            with np.errstate(over="ignore", invalid="ignore"):
+                text += f" μ {_number(finite.mean())} σ {_number(finite.std())}"
         return text + (f", {odd} not finite" if odd else "")
     if isinstance(data, (list, tuple)):
         brackets = "[]" if isinstance(data, list) else "()"
@@ -207,24 +188,35 @@ def summary(data: Any, values: bool = True) -> str:
     return text if len(text) <= 80 else text[:79] + "…"
 
 
-def _number(value: Any) -> str:
+def _number(value: Any, digits: int = 5) -> str:
     if isinstance(value, (bool, np.bool_)):
         return str(bool(value))
     if isinstance(value, numbers.Integral):
         return str(int(value))
-    return f"{value:.5g}"
+    return f"{value:.{digits}g}"
+
+
+def _apart(a: Any, b: Any) -> tuple[str, str]:
+    """Two numbers, with as many digits as tell them apart."""
+    for digits in (5, 9, 17):
+        pair = _number(a, digits), _number(b, digits)
+        if pair[0] != pair[1]:
+            break
+    return pair
 
 
 def _kind(data: Any) -> str:
     if isinstance(data, torch.Tensor):
         return "a tensor"
-    if isinstance(data, (bool, np.bool_)):
+    if isinstance(data, bool):
         return "a truth value"
-    if isinstance(data, numbers.Number):  # NumPy's scalars too
+    if isinstance(data, numbers.Number):
         return "a number"
-    if isinstance(data, np.ndarray):
+    if isinstance(data, (np.ndarray, np.generic)) and not isinstance(data, (str, bytes)):
         # NumPy's own reductions return scalars and arrays without dimensions as they please.
-        return "a number" if data.ndim == 0 and data.dtype != bool else "an array"
+        if data.ndim:
+            return "an array"
+        return "a truth value" if data.dtype == bool else "a number"
     if data is None:
         return "None"
     article = "an" if type(data).__name__[0] in "aeiou" else "a"
@@ -251,23 +243,13 @@ def _dtype(data: Any) -> str:
 
 def _numpy(data: Any) -> np.ndarray[Any, Any]:
     if isinstance(data, torch.Tensor):
-        data = data.detach().cpu()
-        return (
-            data.double()
-            if data.dtype in (torch.bfloat16,)
-            or data.dtype.itemsize == 1
-            and data.is_floating_point()
-            else data
-        ).numpy()
+        data = data.detach().cpu().resolve_conj().resolve_neg()
+        try:
+            data = data.numpy()
+        except TypeError:  # bfloat16, float8 and complex32, which NumPy does not have
+            data = data.to(torch.complex128 if data.is_complex() else torch.float64).numpy()
     return np.asarray(data)
 
 
-def _wide(data: Any) -> np.ndarray[Any, Any]:
-    """In float64 or complex128; whole numbers beyond 2⁵³ stay whole."""
-    array = _numpy(data)
-    if array.dtype.kind in "iu" and array.size:
-        big = max(abs(int(array.max())), abs(int(array.min()))) > 2**53
-        return array.astype(np.longdouble) if big else array.astype(np.float64)
-    if array.dtype.kind == "c":
-        return array.astype(np.complex128)
-    return array.astype(np.float64)
+def _wide(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return array.astype(np.complex128 if array.dtype.kind == "c" else np.float64)

@@ -109,12 +109,12 @@ def project(pytester):
 
 
 def test_a_right_version_passes_and_is_told_what_to_try_next(project):
-    result, report = project.submit('''
+    result, report = project.submit("""
         def double(x):
             if isinstance(x, str):
                 raise TypeError("a tensor, please")
             return x * 2
-    ''')
+    """)
 
     result.assert_outcomes(passed=3)
     text = project.read(report)
@@ -186,7 +186,7 @@ def test_the_verdict_says_what_is_wrong(project, body, sentence):
 
 
 def test_forbidden_help_is_noticed_even_if_the_complaint_is_swallowed(project):
-    _, report = project.submit('''
+    _, report = project.submit("""
         import torch
         def double(x):
             try:
@@ -194,19 +194,19 @@ def test_forbidden_help_is_noticed_even_if_the_complaint_is_swallowed(project):
             except AssertionError:
                 pass
             return 2 * x
-    ''')
+    """)
 
     assert report.specs[0].detail.kind == "reached"
 
 
 def test_an_exception_shows_the_learners_frames_only(project):
-    _, report = project.submit('''
+    _, report = project.submit("""
         def double(x):
             return helper(x)
 
         def helper(x):
             return x.missing
-    ''')
+    """)
 
     frames = report.specs[0].detail.frames
     assert [frame.function for frame in frames] == ["double", "helper"]

@@ -59,7 +59,7 @@ def entry(state="passed", hours=0.0, stem=STEM, passed=7, total=7, **more):
 
 
 def make_report(statuses, **more):
-    from kata.report import Report, SpecReport  # not above: the killers would import torch
+    from kata.report import Report, SpecReport  # not above: what forks imports little
 
     specs = [SpecReport(f"test_{i}", status) for i, status in enumerate(statuses.split())]
     return Report(STEM, "stub.py", specs, **more)
@@ -131,7 +131,8 @@ DAMAGED = [
     b"\xff\xfe",
     b"\0" * 40,
     b"[1, 2]",
-    b"[" * 100_000,
+    b'{"later":' + b"[" * 100_000,
+    msgspec.json.encode(entry()).replace(b"ex31", b"ex\xff31"),
     msgspec.json.encode(entry())[:-20],
     msgspec.json.encode(entry()).replace(b'"passed":7', b'"passed":"7"'),
     msgspec.json.encode(entry()).replace(b'"passed":7', b'"passed":true'),
@@ -187,24 +188,22 @@ def test_line_ends_of_other_systems_and_fields_of_later_versions_do_no_harm(root
     assert standings(root) == {}
 
 
-def test_lines_in_any_order_and_doubled_give_the_same_table(root):
-    # Two of them are of the same moment, so that only a full order can tell which is the last.
-    runs = [entry("failed", 3, passed=2), entry("passed", 1), entry("unwritten", 3, passed=0)]
-    runs += [entry("failed", -9, stem=OTHER), entry("failed", 5, stem=OTHER, passed=6)]
+def test_lines_in_any_order_and_doubled_stand_alike(root):
+    runs = [entry("failed", hours, passed=n) for hours in (-30, 0, 5.5) for n in range(5)]
     lines = [msgspec.json.encode(run) for run in runs]
     record_run(root, runs[0])
-    outcomes = set()
+    pages = set()
 
-    for seed in range(20):
+    for seed in range(10):
         rng = random.Random(seed)
         shuffled = lines + rng.choices(lines, k=seed)
         rng.shuffle(shuffled)
         record(root).write_bytes(b"\n".join(shuffled))
-        assert len(read(root)[0]) == len(runs)
         remake(root)
-        outcomes.add(page(root).read_bytes())
+        pages.add(page(root).read_bytes())
 
-    assert len(outcomes) == 1
+        assert read(root) == (runs, [])
+    assert len(pages) == 1
 
 
 def test_the_record_and_the_page_merge_in_git_by_union(root):
@@ -278,14 +277,15 @@ def test_a_standing_counts_tries_and_keeps_the_last_run(root):
     record_run(root, entry("failed", 30, passed=5))
     record_run(root, entry("passed", 20))
     record_run(root, entry("failed", 10, passed=3))
-    give_up(root, STEM, NOON + timedelta(hours=15))
+    record_run(root, entry("unwritten", 15, passed=0, event="give-up"))
+    record_run(root, entry("unwritten", 40, passed=0, event="give-up"))
 
     standing = standings(root)[STEM]
 
     assert (standing.state, standing.now) == ("passed", "failed")
     assert (standing.passed, standing.total, standing.tries) == (5, 7, 3)
     assert standing.first == NOON + timedelta(hours=10)
-    assert standing.last == NOON + timedelta(hours=30)
+    assert standing.last == NOON + timedelta(hours=40)
     assert standing.gave_up
 
 
@@ -540,9 +540,18 @@ def test_a_text_between_two_tables_or_swallowed_by_one_stays(root):
 
     record_run(root, entry())
 
-    items = [line for line in page(root).read_bytes().split(b"\n") if line.startswith(b"- ")]
-    assert items == [b"- first", b"- second", b"- third", b"- fourth"]
-    table(root)
+    below = page(root).read_bytes().partition(END + b"\n")[2]
+    assert below == b"- first\n- second\n- third\n- fourth\n"
+    assert len(table(root)) == 2
+
+
+def test_a_marker_astray_does_not_move_the_table(root):
+    write_page(root, END + b"\n" + TOP + BEGIN + b"\n" + MADE + b"\n" + END + b"\n" + NOTES)
+
+    record_run(root, entry())
+
+    assert page(root).read_bytes().startswith(TOP + BEGIN)
+    assert page(root).read_bytes().endswith(END + b"\n" + NOTES)
 
 
 PIECES = [BEGIN, END, MADE, b"", b"text", b"# Title", b"| my | own |", b"\xff\xfe", b"- note\r"]
@@ -805,8 +814,8 @@ def siege(root, rounds=110):
         half_pages += (root / ".progress.md.new").exists()
     remake(root)
     assert tries(root) == len(read(root)[0])
-    sizes = {f"{kind}s": len(names) for kind, names in returned.items()}
-    return {"kills": 2 * rounds, "half pages": half_pages, **sizes}
+    returns = {f"{kind}s": len(names) for kind, names in returned.items()}
+    return {"kills": 2 * rounds, "half pages": half_pages, **returns}
 
 
 def loop(root, name, into):
@@ -838,7 +847,7 @@ def tries(root):
 
 
 if __name__ == "__main__":
-    os.fsync = lambda _: (
-        None
-    )  # it is slow, and for power cuts: a kill loses nothing of a finished write
+    # A kill loses nothing of a finished write, so a true fsync only makes this slow on a busy disk.
+    # A short pause in its place has more kills hit a page that is not yet in its place.
+    os.fsync = lambda _: time.sleep(0.001)
     print(json.dumps({"step": step, "siege": siege}[sys.argv[1]](Path(sys.argv[2]))))

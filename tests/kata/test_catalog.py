@@ -1,0 +1,73 @@
+"""The file names are the registry."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from kata import catalog
+
+ROOT = Path(__file__).parents[2]
+EVERY = catalog.exercises(ROOT)
+
+
+@pytest.mark.parametrize("word", ["7x", "softmx", "soft"])
+def test_an_unknown_exercise_gets_the_nearest_names(word):
+    with pytest.raises(catalog.UnknownExercise, match="softmax|see `kata`"):
+        catalog.find(ROOT, word)
+
+
+def test_an_unknown_number_gets_the_nearest_numbers():
+    with pytest.raises(catalog.UnknownExercise, match="no exercise 30; the nearest are 31"):
+        catalog.find(ROOT, 30)
+
+
+@pytest.mark.parametrize(
+    "word",
+    ["1", "01", 1, "ex01", "softmax", "ex01_softmax", "tests/test_ex01_softmax.py", "exercise-1"],
+)
+def test_finds_an_exercise_by_any_of_its_names(word):
+    assert catalog.find(ROOT, word).stem == "ex01_softmax"
+
+
+@pytest.mark.parametrize("exercise", EVERY, ids=lambda e: e.stem)
+def test_every_floor_is_there(exercise):
+    for path in (exercise.stub, exercise.spec, exercise.mistakes, exercise.lesson):
+        assert path.exists(), path.name
+    assert len(exercise.hints) == 3
+    assert exercise.section("After it passes") and exercise.section("Reading")
+    assert exercise.suites <= {"cpu", "jax", "multiprocess", "gpu"}
+
+
+@pytest.mark.parametrize("exercise", EVERY, ids=lambda e: e.stem)
+def test_enough_mistakes_and_accepted_versions_are_listed(exercise):
+    from kata import mistakes
+
+    variants = mistakes.load(exercise)
+    assert len(variants.mistake) >= 5 and len(variants.accept) >= 2
+    says = [v.says for v in (*variants.mistake, *variants.accept)]
+    assert len(set(says)) == len(says)
+
+
+def test_parts_are_found_through_other_parts():
+    assert {"ex40_rope", "ex43_kv_cache"} <= set(catalog.find(ROOT, 44).parts)
+
+
+def test_imports_of_the_runner_form_no_circle():
+    def names(path):
+        tree = ast.parse(path.read_text("utf-8"))
+        for node in tree.body:  # an import inside a function is made when it is needed
+            if isinstance(node, ast.ImportFrom) and node.module == "kata":
+                yield from (alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kata."):
+                yield node.module.partition(".")[2]
+
+    graph = {p.stem: set(names(p)) for p in (ROOT / "src/kata").glob("*.py")}
+    assert not any(
+        graph[leaf] for leaf in ("catalog", "stubs", "wire", "page", "report", "testing")
+    )
+    while graph:
+        free = [name for name, needs in graph.items() if not needs & graph.keys()]
+        assert free, f"a circle among {sorted(graph)}"
+        for name in free:
+            del graph[name]

@@ -1,0 +1,166 @@
+"""Specs for exercise 42: grouped-query attention."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from kata.testing import assert_close
+
+pytestmark = pytest.mark.cpu
+
+WITHOUT = ["torch.nn.functional.scaled_dot_product_attention"]
+
+
+class oracle:
+    """PyTorch's own function under the name of the exercise."""
+
+    @staticmethod
+    def grouped_query_attention(q, k, v, mask=None):
+        return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
+
+
+def attend(ex, q, k, v, mask=None):
+    return ex.grouped_query_attention(q, k, v, mask)
+
+
+def gradients(ex, q, k, v, mask, upstream):
+    """The gradients of q, k and v, given that of the result."""
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    return torch.autograd.grad(attend(ex, q, k, v, mask), inputs, upstream)
+
+
+def layer(ex, n_heads, n_kv_heads, weights, x, mask=None):
+    """The output of a layer that bears these weights."""
+    module = ex.GroupedQueryAttention(x.shape[-1], n_heads, n_kv_heads).to(x.dtype)
+    module.load_state_dict(weights)
+    return module(x, mask)
+
+
+def shapes(ex, d_model, n_heads, n_kv_heads):
+    """The parameters of a layer, and whatever else it stores."""
+    state = ex.GroupedQueryAttention(d_model, n_heads, n_kv_heads).state_dict()
+    return {name: list(value.shape) for name, value in state.items()}
+
+
+def qkv(rng, n_kv_heads=2, group=3, n_queries=4, n_keys=5, head_dim=8, value_dim=7, batch=9):
+    """Random q, k, v. All sizes differ, so no two axes can be swapped unnoticed."""
+    randn = partial(torch.randn, generator=rng, dtype=torch.float64)
+    return (
+        randn(batch, n_kv_heads * group, n_queries, head_dim),
+        randn(batch, n_kv_heads, n_keys, head_dim),
+        randn(batch, n_kv_heads, n_keys, value_dim),
+    )
+
+
+def causal(n_queries=4, n_keys=5):
+    return torch.ones(n_queries, n_keys, dtype=torch.bool).tril()
+
+
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 3, 6])
+def test_shares_each_key_and_value_head_among_neighbouring_query_heads(attempt, rng, n_kv_heads):
+    q, k, v = qkv(rng, n_kv_heads, group=6 // n_kv_heads)
+
+    out = attempt(attend, q, k, v)
+
+    assert_close(out, attend(oracle, q, k, v))
+
+
+@pytest.mark.parametrize("shape", [(4, 5), (9, 1, 1, 5), (6, 4, 5), (9, 6, 1, 5)])
+def test_lets_a_query_see_only_the_keys_its_mask_allows(attempt, rng, shape):
+    q, k, v = qkv(rng)
+    mask = torch.rand(shape, generator=rng) < 0.5
+    mask[..., 0] = True
+
+    out = attempt(attend, q, k, v, mask)
+
+    assert_close(out, attend(oracle, q, k, v, mask.expand(9, 6, 4, 5)))
+
+
+def test_takes_inputs_of_any_memory_layout(attempt, rng):
+    # As a projection leaves them: (batch, seq_len, heads, …) in memory, viewed heads first.
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in qkv(rng))
+
+    out = attempt(attend, q, k, v, causal())
+
+    assert_close(out, attend(oracle, q, k, v, causal()))
+
+
+def test_keeps_the_dtype_of_its_inputs(attempt, rng):
+    q, k, v = (x.bfloat16() for x in qkv(rng))
+
+    out = attempt(attend, q, k, v, causal())
+
+    expected = attend(oracle, q.double(), k.double(), v.double(), causal()).bfloat16()
+    # Scores of about 4 carry errors of a few eps into the weights, and the values reach 4.
+    assert_close(out, expected, atol=16 * torch.finfo(torch.bfloat16).eps)
+
+
+def test_sends_the_gradients_of_a_whole_group_to_its_keys_and_values(attempt, rng):
+    q, k, v = qkv(rng)
+    upstream = torch.randn(9, 6, 4, 7, generator=rng, dtype=torch.float64)
+
+    grads = attempt(gradients, q, k, v, causal(), upstream)
+
+    assert_close(grads, gradients(oracle, q, k, v, causal(), upstream))
+
+
+@pytest.mark.parametrize("n_heads", [6, 2])
+def test_rejects_query_heads_that_cannot_be_shared_out_evenly(attempt, rng, n_heads):
+    q, k, v = qkv(rng, n_kv_heads=4, group=2)
+
+    with pytest.raises(ValueError, match="multiple"):
+        attempt(attend, q[:, :n_heads], k, v)
+
+
+sizes = st.integers(1, 4)
+
+
+@given(n_kv_heads=sizes, group=sizes, n_queries=sizes, n_keys=sizes, seed=st.integers(0, 999))
+def test_gives_each_query_head_plain_attention(attempt, n_kv_heads, group, n_queries, n_keys, seed):
+    rng = torch.Generator().manual_seed(seed)
+    q, k, v = qkv(rng, n_kv_heads, group, n_queries, n_keys)
+
+    out = attempt(attend, q, k, v)
+
+    for i in range(n_kv_heads * group):
+        weights = torch.softmax(q[:, i] @ k[:, i // group].mT / math.sqrt(8), dim=-1)
+        assert_close(out[:, i], weights @ v[:, i // group])
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("n_kv_heads", [1, 2, 6])
+def test_layer_projects_splits_attends_merges_and_projects(attempt, rng, n_kv_heads, masked):
+    batch, seq_len, n_heads, head_dim = 3, 5, 6, 4
+    randn = partial(torch.randn, generator=rng, dtype=torch.float64)
+    heads = {"q_proj": n_heads, "k_proj": n_kv_heads, "v_proj": n_kv_heads, "o_proj": n_heads}
+    weights = {f"{name}.weight": randn(n * head_dim, 24) for name, n in heads.items()}
+    weights["o_proj.weight"] = weights["o_proj.weight"].mT
+    x = randn(batch, seq_len, 24)
+    mask = causal(seq_len, seq_len) if masked else None
+
+    out = attempt(layer, n_heads, n_kv_heads, weights, x, mask)
+
+    q, k, v = (
+        torch.stack((x @ weights[f"{name}.weight"].mT).split(head_dim, dim=-1), dim=1)
+        for name in ("q_proj", "k_proj", "v_proj")
+    )
+    merged = torch.cat(attend(oracle, q, k, v, mask).unbind(dim=1), dim=-1)
+    assert_close(out, merged @ weights["o_proj.weight"].mT)
+
+
+def test_layer_has_small_key_and_value_projections_and_no_other_parameters(attempt):
+    got = attempt(shapes, 24, 6, 2)
+
+    expected = {"q_proj": [24, 24], "k_proj": [8, 24], "v_proj": [8, 24], "o_proj": [24, 24]}
+    assert_close(got, {f"{name}.weight": shape for name, shape in expected.items()})
+
+
+@pytest.mark.parametrize(("d_model", "n_heads", "n_kv_heads"), [(24, 5, 1), (24, 6, 4), (24, 2, 4)])
+def test_layer_rejects_sizes_that_do_not_divide(attempt, d_model, n_heads, n_kv_heads):
+    with pytest.raises(ValueError, match="multiple"):
+        attempt(shapes, d_model, n_heads, n_kv_heads)
