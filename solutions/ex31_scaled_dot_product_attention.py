@@ -26,10 +26,10 @@ def scaled_dot_product_attention(
     mask:    (..., n_queries, n_keys) bool, True where a query may see a key
     returns: (..., n_queries, value_dim), dtype of q
 
-    Leading dimensions broadcast, and so do those of the mask that are 1. Scores of any
-    size give finite results. Every query may see at least one key. A mask that is not
-    bool raises TypeError: float masks follow another convention, and confusing the two
-    fails silently.
+    Leading dimensions broadcast, and a mask may have 1 in the place of n_queries. Scores
+    of any size give finite results. Every query may see at least one key. A mask that is
+    not bool raises TypeError: float masks follow another convention, and confusing the
+    two fails silently.
     """
     # solution
     if mask is not None and mask.dtype != torch.bool:

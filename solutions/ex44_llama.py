@@ -82,7 +82,7 @@ class Block(nn.Module):
 
 
 class Llama(nn.Module):
-    """A decoder-only language model: token_embd, blk.0 … blk.(n_layers − 1), output_norm, output."""
+    """The language model: token_embd, blk.0 to blk.{n_layers − 1}, output_norm, output."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()

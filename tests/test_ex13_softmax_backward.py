@@ -178,7 +178,7 @@ def test_softmax_keeps_no_memory_alive_but_its_output(attempt, rng):
 
 @pytest.mark.parametrize("shape", [(5,), (3, 4), (2, 3, 4)])
 def test_cross_entropy_averages_over_all_targets(attempt, rng, shape):
-    logits = randn(rng, 7, *shape).movedim(0, -1)  # not contiguous, and no more are the targets
+    logits = randn(rng, 7, *shape).movedim(0, -1)  # not contiguous, nor are the targets
     targets = torch.randint(7, (*shape, 2), generator=rng)[..., 0]
     grad_loss = torch.tensor(-2.5, dtype=torch.float64)
 

@@ -124,11 +124,11 @@ def test_chooses_no_expert_twice_when_logits_are_equal(attempt):
 
 @pytest.mark.parametrize("renormalize", [True, False])
 def test_takes_logits_of_any_size(attempt, renormalize):
-    logits = torch.tensor([[-3e4, 3e4, 0.0, 3e4], [-3e4, -3e4, -5e4, -9e4]])
+    logits = torch.tensor([[-3e4, 3e4, 0, 3e4], [-3e4, -3e4, -5e4, -9e4]], dtype=torch.float64)
 
     found = attempt(route, logits, 2, renormalize)
 
-    assert_close(found["weights"], torch.full((2, 2), 0.5))
+    assert_close(found["weights"], torch.full((2, 2), 0.5, dtype=torch.float64))
     assert_close(found["experts"].sort(dim=-1).values, torch.tensor([[1, 3], [0, 1]]))
 
 

@@ -167,10 +167,12 @@ def must_have_passed(exercise: Exercise) -> None:
         )
 
 
-def beside(exercise: Exercise, width: int) -> Table | Syntax:
+def beside(exercise: Exercise, width: int) -> Table | Syntax | Text:
     """Two columns with the differing lines marked; one after the other where there is no room."""
     yours = exercise.stub.read_text("utf-8").splitlines()
     ours = exercise.solution.read_text("utf-8").splitlines()
+    if yours == ours:
+        return Text("yours is the solution, word for word")
     if width < 120:
         lines = difflib.unified_diff(yours, ours, "yours", "the solution", lineterm="", n=3)
         return Syntax("\n".join(lines), "diff", background_color="default", word_wrap=True)

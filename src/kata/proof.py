@@ -113,7 +113,6 @@ def main(exercises: list[Exercise], seed: int = 0) -> int:
     return int(good < len(every))
 
 
-
 if __name__ == "__main__":  # python -m kata.proof NN
     import sys
     from pathlib import Path

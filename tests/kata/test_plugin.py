@@ -104,12 +104,12 @@ class Project:
 
 
 @pytest.fixture
-def project(pytester):
+def small(pytester):
     return Project(pytester)
 
 
-def test_a_right_version_passes_and_is_told_what_to_try_next(project):
-    result, report = project.submit("""
+def test_a_right_version_passes_and_is_told_what_to_try_next(small):
+    result, report = small.submit("""
         def double(x):
             if isinstance(x, str):
                 raise TypeError("a tensor, please")
@@ -117,32 +117,32 @@ def test_a_right_version_passes_and_is_told_what_to_try_next(project):
     """)
 
     result.assert_outcomes(passed=3)
-    text = project.read(report)
+    text = small.read(report)
     assert "05 doubling  passed  3 of 3 specs" in text
     assert "✓ doubles a tensor" in text
     assert "Treble." in text
     assert "next: kata watch 06" in text
-    assert "passed | 3/3" in (project.root / "progress.md").read_text()
+    assert "passed | 3/3" in (small.root / "progress.md").read_text()
 
 
-def test_a_stub_is_not_written_yet_and_shows_no_traceback(project):
+def test_a_stub_is_not_written_yet_and_shows_no_traceback(small):
     from kata.stubs import make_stub
 
-    result, report = project.submit(make_stub(SOLUTION, 5))
+    result, report = small.submit(make_stub(SOLUTION, 5))
 
     assert report.state == "unwritten"
     assert {spec.status for spec in report.specs} == {"unwritten"}
-    text = project.read(report)
+    text = small.read(report)
     assert "not written yet" in text and "○ refuses text" in text and "kata hint 05" in text
     for output in (text, result.stdout.str()):
         assert "Traceback" not in output and "NotImplementedError" not in output
 
 
-def test_a_known_mistake_is_named_however_it_is_written(project):
-    _, report = project.submit("return x + 2 * x")
+def test_a_known_mistake_is_named_however_it_is_written(small):
+    _, report = small.submit("return x + 2 * x")
 
     assert report.mistakes == ["It is tripled."]
-    text = project.read(report)
+    text = small.read(report)
     assert "a known mistake: It is tripled." in text
     assert "6 of 6 elements differ" in text
     assert "first at [0, 0]: yours" in text
@@ -152,16 +152,16 @@ def test_a_known_mistake_is_named_however_it_is_written(project):
     assert "kata hint 05" in text
 
 
-def test_an_unknown_mistake_is_not_named(project):
-    _, report = project.submit("return 5 * x")
+def test_an_unknown_mistake_is_not_named(small):
+    _, report = small.submit("return 5 * x")
 
     assert report.state == "failed" and report.mistakes == []
 
 
-def test_only_the_first_failure_is_expanded(project):
-    _, report = project.submit("return x[:0]")
+def test_only_the_first_failure_is_expanded(small):
+    _, report = small.submit("return x[:0]")
 
-    assert project.read(report).count("spec tests/") == 1
+    assert small.read(report).count("spec tests/") == 1
     assert report.count("failed") == 3
 
 
@@ -179,14 +179,14 @@ def test_only_the_first_failure_is_expanded(project):
         ("return x.no_such_thing", "AttributeError: 'Tensor' object has no attribute"),
     ],
 )
-def test_the_verdict_says_what_is_wrong(project, body, sentence):
-    _, report = project.submit(body)
+def test_the_verdict_says_what_is_wrong(small, body, sentence):
+    _, report = small.submit(body)
 
-    assert sentence in project.read(report)
+    assert sentence in small.read(report)
 
 
-def test_forbidden_help_is_noticed_even_if_the_complaint_is_swallowed(project):
-    _, report = project.submit("""
+def test_forbidden_help_is_noticed_even_if_the_complaint_is_swallowed(small):
+    _, report = small.submit("""
         import torch
         def double(x):
             try:
@@ -199,8 +199,8 @@ def test_forbidden_help_is_noticed_even_if_the_complaint_is_swallowed(project):
     assert report.specs[0].detail.kind == "reached"
 
 
-def test_an_exception_shows_the_learners_frames_only(project):
-    _, report = project.submit("""
+def test_an_exception_shows_the_learners_frames_only(small):
+    _, report = small.submit("""
         def double(x):
             return helper(x)
 
@@ -210,43 +210,43 @@ def test_an_exception_shows_the_learners_frames_only(project):
 
     frames = report.specs[0].detail.frames
     assert [frame.function for frame in frames] == ["double", "helper"]
-    assert all(frame.file == str(project.exercise.stub) for frame in frames)
-    text = project.read(report)
+    assert all(frame.file == str(small.exercise.stub) for frame in frames)
+    text = small.read(report)
     assert "exercises/ex05_doubling.py:6 in helper" in text and "return x.missing" in text
     assert "attempt.py" not in text
 
 
-def test_an_error_that_was_expected_and_did_not_come_is_told(project):
-    _, report = project.submit("return 2 * x")
+def test_an_error_that_was_expected_and_did_not_come_is_told(small):
+    _, report = small.submit("return 2 * x")
 
-    assert "expected an error: TypeError" in project.read(report)
+    assert "expected an error: TypeError" in small.read(report)
 
 
-def test_a_syntax_error_shows_file_line_and_text(project):
-    result, report = project.submit("def double(x):\n    return (2 * x\n")
+def test_a_syntax_error_shows_file_line_and_text(small):
+    result, report = small.submit("def double(x):\n    return (2 * x\n")
 
-    text = project.read(report)
+    text = small.read(report)
     assert "SyntaxError" in text and "exercises/ex05_doubling.py:2" in text
     assert "return (2 * x" in text
     assert "_pytest" not in text and "_pytest" not in result.stdout.str()
 
 
-def test_a_missing_package_comes_with_the_command_that_installs_it(project):
-    _, report = project.submit("import no_such_package\ndef double(x):\n    return 2 * x\n")
+def test_a_missing_package_comes_with_the_command_that_installs_it(small):
+    _, report = small.submit("import no_such_package\ndef double(x):\n    return 2 * x\n")
 
-    assert "pip install no_such_package" in project.read(report)
-
-
-def test_specs_that_need_a_missing_package_say_so(project):
-    project.exercise.spec.write_text("import no_such_package\n" + SPEC)
-    project.submit("return 2 * x")
-    _, report = project.judge()
-
-    assert "pip install no_such_package" in project.read(report)
+    assert "pip install no_such_package" in small.read(report)
 
 
-def test_a_spec_that_runs_past_its_time_is_named_and_the_others_go_on(project):
-    _, report = project.submit(
+def test_specs_that_need_a_missing_package_say_so(small):
+    small.exercise.spec.write_text("import no_such_package\n" + SPEC)
+    small.submit("return 2 * x")
+    _, report = small.judge()
+
+    assert "pip install no_such_package" in small.read(report)
+
+
+def test_a_spec_that_runs_past_its_time_is_named_and_the_others_go_on(small):
+    _, report = small.submit(
         '''
         def double(x):
             while x.ndim == 2:
@@ -259,79 +259,79 @@ def test_a_spec_that_runs_past_its_time_is_named_and_the_others_go_on(project):
     )  # fmt: skip
 
     assert [spec.status for spec in report.specs] == ["failed", "passed", "passed"]
-    assert "not done after 0.5 s" in project.read(report)
+    assert "not done after 0.5 s" in small.read(report)
 
 
-def test_what_the_code_prints_is_shown_with_the_failure(project):
-    _, report = project.submit("print('here', 7); return 3 * x")
+def test_what_the_code_prints_is_shown_with_the_failure(small):
+    _, report = small.submit("print('here', 7); return 3 * x")
 
-    assert "here 7" in project.read(report)
+    assert "here 7" in small.read(report)
 
 
-def test_leaving_the_interpreter_is_a_failure(project):
-    _, report = project.submit("raise SystemExit(0)")
+def test_leaving_the_interpreter_is_a_failure(small):
+    _, report = small.submit("raise SystemExit(0)")
 
     assert report.state == "failed" and report.count("passed") == 0
 
 
-def test_other_seeds_draw_other_inputs_and_the_same_seed_the_same(project):
+def test_other_seeds_draw_other_inputs_and_the_same_seed_the_same(small):
     def yours(*options):
-        _, report = project.submit("return 3 * x", *options)
+        _, report = small.submit("return 3 * x", *options)
         return report.specs[0].detail.mismatch["yours_there"]
 
     assert yours() == yours() != yours("--seed", "1")
 
 
-def test_the_solutions_can_be_judged_and_leave_no_record(project):
-    result, report = project.judge("--on", "solutions")
+def test_the_solutions_can_be_judged_and_leave_no_record(small):
+    result, report = small.judge("--on", "solutions")
 
     result.assert_outcomes(passed=3)
     assert report.state == "passed"
-    assert not (project.root / "progress.md").exists()
+    assert not (small.root / "progress.md").exists()
 
 
-def test_a_run_of_some_specs_is_not_recorded(project):
-    project.submit("return 2 * x", "-k", "doubles")
+def test_a_run_of_some_specs_is_not_recorded(small):
+    small.submit("return 2 * x", "-k", "doubles")
 
-    assert not (project.root / ".kata/runs.jsonl").exists()
+    assert not (small.root / ".kata/runs.jsonl").exists()
 
 
-def test_a_submission_elsewhere_can_be_judged_in_a_worker(project, tmp_path):
+def test_a_submission_elsewhere_can_be_judged_in_a_worker(small, tmp_path):
     mine = tmp_path / "mine.py"
     mine.write_text("def double(x):\n    return helper(x)\n\ndef helper(x):\n    return 3 * x\n")
 
-    _, report = project.judge("--submission", str(mine), "--isolate")
+    _, report = small.judge("--submission", str(mine), "--isolate")
 
     assert report.mistakes == ["It is tripled."]
     assert report.specs[1].detail.kind == "no-raise"
 
 
-def test_a_worker_that_dies_fails_the_spec(project):
+def test_a_worker_that_dies_fails_the_spec(small):
     body = "import os\ndef double(x):\n    os._exit(0)\n"
-    _, report = project.submit(body, "--isolate")
+    _, report = small.submit(body, "--isolate")
 
     assert report.count("failed") == 3
-    assert "the worker gave no answer" in project.read(report)
+    assert "the worker gave no answer" in small.read(report)
 
 
-def test_junit_xml_on_request(project):
-    project.submit("return 3 * x", "--junitxml", "out.xml")
+def test_junit_xml_on_request(small):
+    small.submit("return 3 * x", "--junitxml", "out.xml")
 
-    assert "known mistake" not in (project.root / "out.xml").read_text()
-    assert "6 of 6 elements differ" in (project.root / "out.xml").read_text()
-
-
-def test_narrow_terminals_lose_no_words(project):
-    _, report = project.submit("return 3 * x")
-
-    words = project.read(report, width=40).split()
-    assert words == project.read(report, width=200).split()
+    assert "known mistake" not in (small.root / "out.xml").read_text()
+    assert "6 of 6 elements differ" in (small.root / "out.xml").read_text()
 
 
-def test_a_swap_whose_text_is_not_there_once_names_file_and_text(project):
+def test_narrow_terminals_lose_no_words(small):
+    _, report = small.submit("return 3 * x")
+
+    words = small.read(report, width=40).split()
+    assert words == small.read(report, width=200).split()
+
+
+def test_a_swap_whose_text_is_not_there_once_names_file_and_text(small):
     from kata import mistakes
 
-    project.exercise.mistakes.write_text(MISTAKES.replace('"2 * x", "3 * x"', '"x", "y"'))
-    variant = mistakes.load(project.exercise).mistake[0]
+    small.exercise.mistakes.write_text(MISTAKES.replace('"2 * x", "3 * x"', '"x", "y"'))
+    variant = mistakes.load(small.exercise).mistake[0]
     with pytest.raises(mistakes.BadMistakes, match=r"ex05_doubling.toml.*'x', which stands \d+"):
-        mistakes.write(project.exercise, variant)
+        mistakes.write(small.exercise, variant)
