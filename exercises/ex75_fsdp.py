@@ -49,7 +49,7 @@ def gather_parameters(
     shapes:  the shapes of the tensors
     group:   the ranks that share them; None stands for all ranks
     returns: the whole tensors on every rank, without the padding, whatever that holds. They may
-             be views of one buffer. No gradient flows through them.
+             be views of one buffer. Need not be differentiable.
     """
     raise NotImplementedError("exercise 75 is not written yet")
 

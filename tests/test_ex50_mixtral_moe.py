@@ -87,7 +87,7 @@ def expert(weights, e, token):
 # --- route ---------------------------------------------------------------------------------------
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(
     batch=st.lists(st.integers(0, 3), max_size=2),
     n_experts=st.integers(1, 6),
@@ -203,7 +203,7 @@ def test_leaves_an_expert_without_tokens_at_rest(attempt, rng):
             assert_close(found[name][e], torch.zeros_like(weights[name][e]))
 
 
-@settings(max_examples=20)
+@settings(max_examples=12)
 @given(
     batch=st.lists(st.integers(0, 3), max_size=3),
     n_experts=st.integers(2, 6),
@@ -231,8 +231,7 @@ def test_keeps_half_precision(attempt, rng, dtype):
     assert_close(out, precise.to(dtype), atol=4 * 10 * torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("k", [1, 2, 4])
-@pytest.mark.parametrize("n_experts", [4, 16])
+@pytest.mark.parametrize(("k", "n_experts"), [(1, 12), (3, 12), (3, 4)])
 def test_works_for_k_experts_however_many_there_are(attempt, rng, k, n_experts):
     d_model, d_ff, n_tokens = 12, 40, 30
     weights = make_weights(rng, d_model=d_model, d_ff=d_ff, n_experts=n_experts)

@@ -90,6 +90,11 @@ class Exercise:
     @cached_property
     def imports(self) -> frozenset[str]:
         """The packages that the solution and its specs import, anywhere in them."""
+        return frozenset(name.partition(".")[0] for name in self.modules)
+
+    @cached_property
+    def modules(self) -> frozenset[str]:
+        """The modules that they import, by their whole names."""
         return imported(self.solution) | imported(self.spec)
 
     @cached_property
@@ -120,13 +125,13 @@ class Exercise:
 
 
 def imported(path: Path) -> frozenset[str]:
-    """The top-level names of all modules that a file imports."""
+    """The whole names of all modules that a file imports, anywhere in it."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
-            names |= {alias.name.partition(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module.partition(".")[0])
+            names.add(node.module)
     return frozenset(names)
 
 

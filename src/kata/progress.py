@@ -15,15 +15,13 @@ from collections.abc import Sequence
 from datetime import datetime
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import Annotated, Literal, cast
 
 import msgspec
 from filelock import BaseFileLock, FileLock
 
 from kata import catalog, page
-
-if TYPE_CHECKING:
-    from kata.report import Report  # which imports torch
+from kata.report import Report
 
 RECORD = ".kata/runs.jsonl"
 PAGE = "progress.md"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from kata import mistakes
 from kata.catalog import Exercise
 from kata.report import Report
-from kata.server import Job, judge_all, warm
+from kata.server import Job, judge_all, outside, warm
 
 Check = Callable[[Report], list[str]]
 
@@ -56,7 +56,7 @@ def claims(exercise: Exercise, seed: int) -> Iterator[Claim]:
 def prove(exercises: list[Exercise], seed: int = 0) -> Iterator[list[Claim]]:
     """Judge every claim, several at once; yields an exercise's claims when all are judged."""
     every = [claim for exercise in exercises for claim in claims(exercise, seed)]
-    warm(sorted({name for exercise in exercises for name in exercise.imports}))
+    warm(sorted({name for exercise in exercises for name in outside(exercise)}))
     left = {e.stem: sum(c.exercise.stem == e.stem for c in every) for e in exercises}
     os.environ["OMP_NUM_THREADS"] = "1"  # as many children as cores: one thread each is quickest
     for which, report, seconds in judge_all([c.job for c in every], os.cpu_count() or 1):

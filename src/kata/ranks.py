@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import faulthandler
 import gc
+import importlib
 import os
 import re
 import signal
@@ -74,6 +75,8 @@ class RankServer:
 def _serve(requests: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches our parent, and we end with it
     signal.setitimer(signal.ITIMER_REAL, 0)
+    with suppress(ImportError):  # torch does at the first backward, for a second in every rank
+        importlib.import_module("torch.fx.experimental.symbolic_shapes")
     gc.freeze()  # else a collection in a rank walks all of torch
     while True:
         try:

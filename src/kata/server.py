@@ -23,12 +23,13 @@ from typing import cast
 
 import msgspec
 
-from kata.catalog import Exercise
+from kata.catalog import STEM, Exercise
 from kata.report import Detail, Report
 
+# What torch imports at the first backward, mode or optimizer step is named too.
 IMPORTS = (
-    "numpy", "torch", "torch.distributed.tensor", "torch.utils.flop_counter", "torch._dynamo", "torch.fx.experimental.symbolic_shapes", "einops", "pytest",
-    "hypothesis", "kata.plugin", "kata.verdict",
+    "numpy", "torch", "torch.distributed.tensor", "torch.utils.flop_counter", "torch._dynamo",
+    "torch.fx.experimental.symbolic_shapes", "einops", "pytest", "hypothesis", "kata.verdict",
 )  # fmt: skip
 LIMIT = 600.0  # seconds for a whole run
 TRIVIAL = """
@@ -70,13 +71,19 @@ def warm(imports: Iterable[str] = ()) -> None:
 def import_all(names: Iterable[str]) -> None:
     """Import what is there; a child will complain of what is not."""
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    for name in names:
-        if name == "jax" or name == "triton":
-            from kata.plugin import prepare_environment
+    from kata.plugin import prepare_environment
 
-            prepare_environment()
+    prepare_environment()  # before torch._dynamo imports triton
+    for name in names:
         with suppress(ImportError):
             importlib.import_module(name)
+
+
+def outside(exercise: Exercise) -> list[str]:
+    """The modules of other packages that an exercise and its parts import."""
+    stems = (exercise.stem, *exercise.parts)
+    names = {name for stem in stems for name in Exercise(exercise.root, stem).modules}
+    return sorted(name for name in names if not STEM.fullmatch(name))
 
 
 def judge(job: Job, quiet: bool = True) -> Report:
@@ -291,8 +298,7 @@ def serve(client: Connection) -> None:
             if what == "prepare":
                 if spare:
                     spare.end()
-                names = job.exercise.imports & {"jax", "triton", "transformers", "einops", "gguf"}
-                import_all(sorted(names))
+                import_all(outside(job.exercise))
                 spare = Child(job.exercise)
             else:
                 running, spare = spare or Child(), None

@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 from kata import progress
 from kata.page import BEGIN, END, HEAD, remade
 from kata.progress import Entry, give_up, note, read, record_run, remake, standings
+from kata.report import Detail, Report, SpecReport
 
 PROJECT = Path(__file__).parents[2]
 STEM = "ex31_scaled_dot_product_attention"
@@ -59,8 +60,6 @@ def entry(state="passed", hours=0.0, stem=STEM, passed=7, total=7, **more):
 
 
 def make_report(statuses, **more):
-    from kata.report import Report, SpecReport  # not above: what forks imports little
-
     specs = [SpecReport(f"test_{i}", status) for i, status in enumerate(statuses.split())]
     return Report(STEM, "stub.py", specs, **more)
 
@@ -325,8 +324,6 @@ def test_a_report_that_judges_too_little_makes_no_entry():
 
 
 def test_specs_that_can_not_be_read_make_a_failed_entry():
-    from kata.report import Detail
-
     made = Entry.of(make_report("", error=Detail("error", "no such name"), complete=False))
 
     assert (made.state, made.passed, made.total) == ("failed", 0, 0)
@@ -533,16 +530,15 @@ def test_what_was_written_among_the_rows_goes_below_the_table(root):
     assert page(root).read_bytes().endswith(END + b"\n- mine\n\n- too\n" + NOTES)
 
 
-def test_a_text_between_two_tables_or_swallowed_by_one_stays(root):
+def test_what_stands_between_two_tables_or_in_an_unclosed_one_stays(root):
     whole = BEGIN + b"\n" + MADE + b"\n" + END + b"\n"
-    unclosed = BEGIN + b"\n" + MADE + b"\n- first\n"
-    write_page(root, unclosed + b"- second\n" + whole + b"- third\n" + END + b"\n- fourth\n")
+    first, second, third = b"- one\n| my |\n\n| own |\n- two\n", b"- three\n", b"- four\n"
+    write_page(root, whole.removesuffix(END + b"\n") + first + whole + second + END + b"\n" + third)
 
     record_run(root, entry())
 
-    below = page(root).read_bytes().partition(END + b"\n")[2]
-    assert below == b"- first\n- second\n- third\n- fourth\n"
     assert len(table(root)) == 2
+    assert page(root).read_bytes().partition(END + b"\n")[2] == first + second + third
 
 
 def test_a_marker_astray_does_not_move_the_table(root):

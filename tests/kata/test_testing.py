@@ -1,4 +1,4 @@
-"""Tests of kata.testing: hundreds of mutated results, judged by torch.testing too, and mutants of the code."""
+"""Tests of kata.testing: mutated results, judged by torch.testing too, and mutants of its code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WHOLE = [torch.int8, torch.int32, torch.int64, torch.uint8, torch.bool]
 SHAPES = [(), (1,), (5,), (2, 3), (3, 1, 4), (0,), (2, 0)]
 
 
-# --- generated cases, with torch.testing as the oracle ---------------------------------------------
+# --- generated cases, with torch.testing as the oracle -------------------------------------------
 
 
 def values(rng: np.random.Generator, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
@@ -146,7 +146,7 @@ def test_has_torchs_default_tolerances() -> None:
         assert str(dtype).removeprefix("torch.") not in testing.TOLERANCES
 
 
-# --- cases of which torch has no opinion, or another one -------------------------------------------
+# --- cases of which torch has no opinion, or another one -----------------------------------------
 
 Case = tuple[Any, Any, str | None]
 tensor = torch.tensor
@@ -226,7 +226,7 @@ CASES: dict[str, Case] = {
     "plain and beyond 2⁵³": (2**53, 2**53 + 1, "values"),
     "plain and beyond 2⁶⁴": (2**70, 2**70 + 1, "values"),
     "plain and beyond 2⁶⁴, equal": (2**70, 2**70, None),
-    "the smallest int8": (tensor([-128], dtype=torch.int8), tensor([127], dtype=torch.int8), "values"),
+    "the smallest int8": (np.array([-128], np.int8), np.array([127], np.int8), "values"),
     # not finite
     "NaN in place": (tensor([math.nan, 1]), tensor([math.nan, 1]), None),
     "NaN out of place": (tensor([1, math.nan]), tensor([math.nan, 1]), "finite"),
@@ -288,7 +288,7 @@ def test_warns_of_nothing() -> None:
     assert_mismatch(extreme, extreme[::-1].copy(), "finite")
 
 
-# --- arguments -------------------------------------------------------------------------------------
+# --- arguments -----------------------------------------------------------------------------------
 
 
 def test_takes_wider_tolerances() -> None:
@@ -296,6 +296,7 @@ def test_takes_wider_tolerances() -> None:
     assert compare(tensor([1.0]), tensor([1.1]), atol=0.11) is None
     assert_mismatch(tensor([1.0]), tensor([1.1]), "values", rtol=0.05)
     assert compare(tensor([10]), tensor([12]), atol=2) is None
+    assert compare(tensor([1.0]), tensor([1.5]), rtol=0.0, atol=0.5) is None
     assert compare([1.0, {"a": 1.0}], [1.1, {"a": 1.1}], atol=0.11) is None
 
 
@@ -328,7 +329,7 @@ def assert_mismatch(actual: Any, expected: Any, cause: str, **options: Any) -> M
     return mismatch
 
 
-# --- messages --------------------------------------------------------------------------------------
+# --- messages ------------------------------------------------------------------------------------
 
 
 def test_shows_the_first_wrong_element_and_how_many_there_are() -> None:
@@ -425,13 +426,13 @@ def test_sums_up_data_in_one_line() -> None:
         assert "\n" not in testing.summary(data)
 
 
-# --- mutants of the code: for each, one of the cases above tells it from the original ----------------
+# --- mutants of the code: for each, one of the cases above tells it from the original ------------
 
 MUTANTS = [
     ("actual.keys() != expected.keys()", "not actual.keys() >= expected.keys()"),
     ("len(actual) != len(expected)", "len(actual) < len(expected)"),
     ("_kind(actual) != _kind(expected)", "False"),
-    ("actual != expected:\n        return _differ(\"values\"", "False:\n        return _differ(\"values\""),
+    ("elif actual != expected:", "elif False:"),
     ("of(actual) != of(expected)", "cause == \"dtype\" and of(actual) != of(expected)"),
     ("of(actual) != of(expected)", "cause == \"shape\" and of(actual) != of(expected)"),
     ("(\"shape\", _shape), (\"dtype\", _dtype)", "(\"dtype\", _dtype), (\"shape\", _shape)"),
@@ -448,6 +449,8 @@ MUTANTS = [
     ("np.isnan(a) & np.isnan(e)", "np.isnan(a) | np.isnan(e)"),
     ("| (np.isnan(a) & np.isnan(e))", ""),
     ("if rtol or atol:", "if True:"),
+    ("if rtol or atol:", "if rtol and atol:"),
+    ("error <= atol +", "error < atol +"),
     ("np.isfinite(e) & (error", "(error"),
     ("error <= atol + rtol * np.abs(e)", "error <= atol * rtol * np.abs(e)"),
     ("error <= atol + rtol * np.abs(e)", "error <= atol + rtol * np.abs(e).max(initial=0)"),
@@ -486,6 +489,8 @@ def verdict(module: Any, actual: Any, expected: Any, **options: Any) -> Any:
 OPTIONS: list[tuple[Any, Any, dict[str, float]]] = [
     (tensor([1.0]), tensor([1.1]), {"rtol": 0.1}),
     (tensor([1.0]), tensor([1.1]), {"atol": 0.11}),
+    (tensor([1.0]), tensor([1.1]), {"rtol": 0.1, "atol": 0.0}),
+    (tensor([1.0]), tensor([1.5]), {"rtol": 0.0, "atol": 0.5}),
     (tensor([1.0]), tensor([1.0 + 1e-4]), {"slack": 10.0}),
     (tensor([1.0]), tensor([1.0 + 1e-6]), {"slack": 10.0, "rtol": 0.0, "atol": 0.0}),
     (tensor([1e5]), tensor([1e5 + 1]), {"slack": 10.0}),

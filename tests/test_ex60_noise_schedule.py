@@ -1,0 +1,192 @@
+"""Specs for exercise 60: noise schedule."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kata.testing import assert_close
+
+pytestmark = pytest.mark.cpu
+
+
+def linear(ex, *arguments, **options):
+    return ex.linear_betas(*arguments, **options)
+
+
+def cosine(ex, *arguments, **options):
+    return ex.cosine_betas(*arguments, **options)
+
+
+def step(ex, x, t, betas, noise):
+    return ex.q_step(x, t, betas, noise)
+
+
+def sample(ex, x_0, t, betas, noise):
+    return ex.q_sample(x_0, t, betas, noise)
+
+
+def walk(ex, x, betas, noises):
+    """x after each step, one step after the other."""
+    images = []
+    for t, noise in enumerate(noises):
+        x = ex.q_step(x, torch.full((len(x),), t), betas, noise)
+        images.append(x)
+    return torch.stack(images)
+
+
+def randn(rng, *shape):
+    return torch.randn(shape, generator=rng, dtype=torch.float64)
+
+
+def some_betas(rng, n_steps):
+    return 0.05 + 0.4 * torch.rand(n_steps, generator=rng, dtype=torch.float64)
+
+
+def alpha_bar(betas, t):
+    return math.prod(1 - beta for beta in betas[: t + 1].tolist())
+
+
+def signal_left(share, offset=0.008):
+    return math.cos((share + offset) / (1 + offset) * math.pi / 2) ** 2
+
+
+def test_linear_betas_rise_evenly_from_the_first_to_the_last(attempt):
+    out = attempt(linear, 5, first=0.1, last=0.3)
+
+    assert_close(out, torch.tensor([0.1, 0.15, 0.2, 0.25, 0.3], dtype=torch.float64))
+    assert_close(attempt(linear, 1), torch.tensor([1e-4], dtype=torch.float64))
+
+
+def test_cosine_betas_let_the_signal_fall_like_a_squared_cosine(attempt):
+    n_steps, offset = 7, 0.02
+
+    betas = attempt(cosine, n_steps, offset=offset)
+
+    shares = [signal_left(k / n_steps, offset) for k in range(n_steps)]
+    expected = [1 - after / before for before, after in zip(shares, shares[1:], strict=False)]
+    assert_close(betas, torch.tensor([*expected, 0.999], dtype=torch.float64))
+
+
+def test_cosine_betas_stay_at_or_below_the_largest_allowed(attempt):
+    betas = attempt(cosine, 6, largest=0.4)
+
+    shares = [signal_left(k / 6) for k in range(7)]
+    expected = [min(1 - b / a, 0.4) for a, b in zip(shares, shares[1:], strict=False)]
+    assert_close(betas, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_q_step_shrinks_the_image_and_adds_noise_for_each_sample_by_its_own_step(attempt, rng):
+    x, noise, betas = randn(rng, 5, 2, 3), randn(rng, 5, 2, 3), some_betas(rng, 4)
+    t = torch.tensor([3, 0, 1, 3, 2])
+
+    out = attempt(step, x, t, betas, noise)
+
+    expected = [
+        math.sqrt(1 - betas[s]) * x[i] + math.sqrt(betas[s]) * noise[i] for i, s in enumerate(t)
+    ]
+    assert_close(out, torch.stack(expected))
+
+
+def test_q_sample_adds_the_noise_of_all_steps_for_each_sample_up_to_its_own(attempt, rng):
+    x_0, noise, betas = randn(rng, 5, 2, 3), randn(rng, 5, 2, 3), some_betas(rng, 4)
+    t = torch.tensor([3, 0, 1, 3, 2])
+
+    out = attempt(sample, x_0, t, betas, noise)
+
+    left = [alpha_bar(betas, s) for s in t.tolist()]
+    expected = [math.sqrt(a) * x_0[i] + math.sqrt(1 - a) * noise[i] for i, a in enumerate(left)]
+    assert_close(out, torch.stack(expected))
+
+
+def test_q_sample_has_the_mean_and_the_variance_of_many_q_steps(attempt, rng):
+    n_steps = 6
+    betas = some_betas(rng, n_steps)
+    # Row 0: the image 1 and no noise. Row 1 + s: no image, and the noise 1 in step s alone.
+    # What comes out are the factors of the image and of each step's noise.
+    x_0 = torch.eye(n_steps + 1, 1, dtype=torch.float64)
+    noises = torch.eye(n_steps + 1, dtype=torch.float64)[1:, :, None]
+    t = torch.arange(n_steps)
+    ones, zeros = torch.ones(n_steps, 1).double(), torch.zeros(n_steps, 1).double()
+
+    factors = attempt(walk, x_0, betas, noises)
+    mean = attempt(sample, ones, t, betas, zeros)
+    spread = attempt(sample, zeros, t, betas, ones)
+
+    assert_close(mean, factors[:, 0])
+    assert_close(spread**2, factors[:, 1:].square().sum(1))
+
+
+@pytest.mark.parametrize("shape", [(4,), (0, 3), (3, 3), (2, 1, 3, 5)])
+def test_both_take_samples_of_any_shape(attempt, rng, shape):
+    x, noise, betas = randn(rng, *shape), randn(rng, *shape), some_betas(rng, 7)
+    t = torch.randint(7, shape[:1], generator=rng)
+
+    stepped = attempt(step, x, t, betas, noise)
+    sampled = attempt(sample, x, t, betas, noise)
+
+    beta = betas[t].view(-1, *[1] * (len(shape) - 1))
+    left = torch.tensor([alpha_bar(betas, s) for s in t.tolist()], dtype=torch.float64)
+    left = left.view(beta.shape)
+    assert_close(stepped, (1 - beta) ** 0.5 * x + beta**0.5 * noise)
+    assert_close(sampled, left**0.5 * x + (1 - left) ** 0.5 * noise)
+
+
+def test_both_keep_the_dtype_of_the_samples(attempt, rng):
+    x, noise, betas = randn(rng, 3, 4), randn(rng, 3, 4), some_betas(rng, 5)
+    t = torch.tensor([4, 0, 2])
+
+    stepped = attempt(step, x.float(), t, betas, noise.float())
+    sampled = attempt(sample, x.float(), t, betas, noise.float())
+
+    left = torch.tensor([[alpha_bar(betas, s)] for s in t.tolist()], dtype=torch.float64)
+    beta = betas[t, None]
+    assert_close(stepped, ((1 - beta).sqrt() * x + beta.sqrt() * noise).float())
+    assert_close(sampled, (left.sqrt() * x + (1 - left).sqrt() * noise).float())
+
+
+@pytest.mark.parametrize("wrong", [-1, 4])
+def test_both_reject_a_step_that_the_schedule_does_not_have(attempt, rng, wrong):
+    x, noise, betas = randn(rng, 2, 3), randn(rng, 2, 3), some_betas(rng, 4)
+    t = torch.tensor([1, wrong])
+
+    for run in (step, sample):
+        with pytest.raises(IndexError):
+            attempt(run, x, t, betas, noise)
+
+
+betas = st.lists(st.floats(1e-4, 0.999), min_size=1, max_size=9)
+
+
+@given(betas=betas, seed=st.integers(0, 999))
+def test_signal_and_noise_have_variances_that_sum_to_one(attempt, betas, seed):
+    betas = torch.tensor(betas, dtype=torch.float64)
+    t = torch.randint(len(betas), (3,), generator=torch.Generator().manual_seed(seed))
+    ones, zeros = torch.ones(3, 2).double(), torch.zeros(3, 2).double()
+
+    for run in (step, sample):
+        signal = attempt(run, ones, t, betas, zeros)
+        spread = attempt(run, zeros, t, betas, ones)
+
+        assert_close(signal**2 + spread**2, ones)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_agrees_with_diffusers(attempt, rng, schedule):
+    x_0, noise = randn(rng, 5, 2, 3).float(), randn(rng, 5, 2, 3).float()
+    t = torch.tensor([0, 999, 1, 500, 20])
+
+    betas = attempt({"linear": linear, "cosine": cosine}[schedule], 1000)
+    out = attempt(sample, x_0, t, betas, noise)
+
+    pytest.importorskip("diffusers")
+    from diffusers import DDPMScheduler
+
+    name = {"linear": "linear", "cosine": "squaredcos_cap_v2"}[schedule]
+    oracle = DDPMScheduler(num_train_timesteps=1000, beta_schedule=name)
+    # The scheduler works in float32: its betas of 4·10⁻⁵ to 1 are differences from 1, so
+    # they carry errors up to 10⁻⁷, and 1000 factors multiply them.
+    assert_close(betas.float(), oracle.betas, rtol=1e-5, atol=1e-7)
+    assert_close(out, oracle.add_noise(x_0, noise, t), rtol=1e-4, atol=1e-4)
