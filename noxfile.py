@@ -1,8 +1,8 @@
 """nox sessions: one for each exercise, the suites, and what authors run. `nox -l` lists them.
 
 All sessions share one environment, `.venv`, made when it is first needed and brought up to date
-when pyproject.toml or constraints.txt change. Inside another activated environment, or with `--no-venv`,
-they use that one.
+when pyproject.toml or constraints.txt change. Inside another activated environment, or with
+`--no-venv`, they use that one.
 """
 
 import hashlib

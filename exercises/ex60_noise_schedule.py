@@ -53,7 +53,7 @@ def q_step(x: Tensor, t: Tensor, betas: Tensor, noise: Tensor) -> Tensor:
     t:       (batch,) int64, 0 … n_steps − 1, a step for each sample
     betas:   (n_steps,) float64
     noise:   like x, drawn from N(0, 1)
-    returns: like x, also in dtype: only the result is rounded to it, or its two factors
+    returns: like x, and in its dtype (the factors are worked out in float64 first)
 
     A t outside 0 … n_steps − 1 raises IndexError. (A tensor takes −1 for its last entry: a
     mistake that would not show.)
@@ -68,6 +68,6 @@ def q_sample(x_0: Tensor, t: Tensor, betas: Tensor, noise: Tensor) -> Tensor:
     t:       (batch,) int64, 0 … n_steps − 1, a last step for each sample
     betas:   (n_steps,) float64
     noise:   like x_0, drawn from N(0, 1)
-    returns: like x_0, dtype and errors as in q_step
+    returns: like x_0; dtype and errors as in q_step
     """
     raise NotImplementedError("exercise 60 is not written yet")

@@ -13,8 +13,6 @@ from kata.testing import assert_close
 
 pytestmark = pytest.mark.multiprocess
 
-WITHOUT = ["torch.distributed.tensor.parallel.parallelize_module"]
-
 
 class Collectives(TorchDispatchMode):
     """Lists [name, elements] of all that goes over the wire, whichever API it is called by."""
@@ -250,7 +248,9 @@ def test_keeps_only_its_own_piece_of_each_matrix_in_memory(attempt, rng):
 
 
 @pytest.mark.parametrize(
-    "layer, shape", [("ColumnParallelLinear", (7, 6)), ("RowParallelLinear", (6, 7))]
+    "layer, shape",
+    [("ColumnParallelLinear", (7, 6)), ("RowParallelLinear", (6, 7))],
+    ids=["column", "row"],
 )
 def test_rejects_features_that_the_ranks_cannot_share_equally(attempt, layer, shape):
     with pytest.raises(ValueError, match=r"divisible.*\b7\b"):

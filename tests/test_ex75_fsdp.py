@@ -15,9 +15,6 @@ from kata.testing import assert_close
 
 pytestmark = pytest.mark.multiprocess
 
-# Imported when FSDP is: then, too, an attempt that reaches it fails.
-WITHOUT = ["torch.distributed.fsdp.fully_shard", "torch.distributed.fsdp.FullyShardedDataParallel"]
-
 
 class Watch(TorchDispatchMode):
     """Sees every operation: counts collectives, whichever API they are called by, and layers
@@ -129,11 +126,11 @@ def count_collectives(ex, weights, biases, x):
 
 
 def watch_memory(ex, weights, biases, x):
-    """Of how many layers this rank holds what is kept by others, at most and afterwards."""
-    layers = [w.clone() for w in weights]
-    memory = [weakref.ref(w.untyped_storage()) for w in layers]
-    mlp = ex.FullyShardedMLP(layers, biases)
-    del layers
+    """Of how many layers this rank holds what others keep, at most and afterwards."""
+    whole = [w.clone() for w in weights]
+    memory = [weakref.ref(w.untyped_storage()) for w in whole]
+    mlp = ex.FullyShardedMLP(whole, biases)
+    del whole
     seen = {"whole after construction": sum(m() is not None for m in memory)}
     seen["parameter bytes"] = sum(p.untyped_storage().nbytes() for p in mlp.parameters())
 
@@ -264,7 +261,7 @@ def test_never_holds_more_than_two_whole_layers(attempt, rng):
     out = attempt.ranks(2)(watch_memory, weights, biases, randn_of(rng)(2, 30))
 
     for rank, seen in enumerate(out):
-        said = f"on rank {rank}, layers of which it holds what is not its own: {seen}"
+        said = f"rank {rank} holds parameters of others, in layers: {seen}"
         assert seen["whole after construction"] == 0, said
         assert seen["parameter bytes"] == 6 * 8 * (30 * 30 + 30) // 2, said
         assert 1 <= seen["most in forward"] <= 2, said

@@ -132,7 +132,7 @@ def perform(
     """Run once on a module. The random states are set from the seed, and put back afterwards."""
     args, kwargs = wire.decode(call)
     if device != "cpu":
-        args, kwargs = wire.to_device((args, kwargs), device)
+        args, kwargs = _on(device, (args, kwargs))
         call = wire.encode((args, kwargs))
     start = time.perf_counter()
     try:
@@ -146,6 +146,17 @@ def perform(
     done.changed = _changed(run, call, args, kwargs)
     done.reached = next(iter(reached), "")
     return done, None
+
+
+def _on(device: str, data: Any) -> Any:
+    """The same data with every tensor on a device."""
+    if isinstance(data, torch.Tensor):
+        return data.to(device)
+    if isinstance(data, (list, tuple)):
+        return type(data)(_on(device, x) for x in data)
+    if isinstance(data, dict):
+        return {key: _on(device, value) for key, value in data.items()}
+    return data
 
 
 def _changed(run: Run, call: bytes, args: Any, kwargs: Any) -> list[str]:

@@ -229,7 +229,8 @@ def main(root: Path, times: int) -> None:
     text = "\n".join(
         [
             f"Measured {date.today()} on {os.cpu_count()} cores ({platform.machine()}, Python "
-            f"{platform.python_version()}, torch {torch}) by `nox -s bench`: medians, ratios in one run.",
+            f"{platform.python_version()}, torch {torch}) by `nox -s bench`: medians, and "
+            "ratios in one run.",
             "",
             "| what | ours | beside | that | ratio |",
             "|:--|--:|:--|--:|--:|",

@@ -169,7 +169,7 @@ class Judge:
             self.broken.append(Report(exercise.stem, "", error=detail))
 
     def pytest_pycollect_makemodule(self, module_path: Path) -> None:
-        """Before a spec file is imported: `@settings` takes what it leaves open from the profile."""
+        """Before a spec file is imported, since `@settings` takes the rest from the profile."""
         if catalog.of_spec(module_path) and b"hypothesis" in module_path.read_bytes():
             _settle_hypothesis(self.option.seed)
 

@@ -9,6 +9,7 @@ nothing changed.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -19,6 +20,12 @@ import torch
 
 LIMIT = 1 << 30
 DEPTH = 64
+DIMENSIONS = 64  # NumPy's own limit
+DTYPES = {str(t).removeprefix("torch."): t for t in vars(torch).values() if type(t) is torch.dtype}
+NUMBERS = {
+    "bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
+    "float16", "float32", "float64", "complex64", "complex128",
+}  # fmt: skip
 
 
 class NotPlainData(TypeError):
@@ -34,9 +41,11 @@ def encode(data: Any, limit: int = LIMIT) -> bytes:
     tensors: list[torch.Tensor] = []
     tree = _tree(data, tensors, DEPTH)
     # Named by number with leading zeros: safetensors orders its entries by dtype, then name.
-    blob = (
-        safetensors.torch.save({f"{i:06d}": t for i, t in enumerate(tensors)}) if tensors else b""
-    )
+    named = {f"{i:06d}": t for i, t in enumerate(tensors)}
+    try:
+        blob = safetensors.torch.save(named) if named else b""
+    except Exception as error:  # one of torch's rarest dtypes
+        raise NotPlainData(f"a tensor that cannot travel: {error}") from error
     message = msgspec.msgpack.encode([tree, blob])
     if len(message) > limit:
         raise NotPlainData(f"{len(message):,} bytes are too many to send, the limit is {limit:,}")
@@ -51,32 +60,24 @@ def decode(message: bytes, limit: int = LIMIT) -> Any:
         tree, blob = msgspec.msgpack.decode(message, type=tuple[Any, bytes])
         tensors = safetensors.torch.load(blob) if blob else {}
         return _data(tree, tensors)
-    except (
-        ValueError, TypeError, KeyError, IndexError, RuntimeError, RecursionError, AttributeError,
-        safetensors.SafetensorError, msgspec.MsgspecError,
-    ) as error:  # fmt: skip
+    except Exception as error:  # whatever it is that strange bytes make fail
         raise BadMessage(f"not a message: {error}") from error
-
-
-def to_device(data: Any, device: str) -> Any:
-    """The same data with every tensor on a device."""
-    if isinstance(data, torch.Tensor):
-        return data.to(device)
-    if isinstance(data, (list, tuple)):
-        return type(data)(to_device(x, device) for x in data)
-    if isinstance(data, dict):
-        return {k: to_device(v, device) for k, v in data.items()}
-    return data
 
 
 def _tree(data: Any, tensors: list[torch.Tensor], depth: int) -> Any:
     """Scalars stand for themselves, everything else is a list whose head is its kind."""
     if depth == 0:
         raise NotPlainData(f"nested more than {DEPTH} deep")
-    if data is None or isinstance(data, (bool, str, bytes)) or type(data) is float:
+    if data is None or type(data) in (bool, float, bytes):
         return data
     if type(data) is int:
-        return data if -(2**63) <= data < 2**63 else ["int", str(data)]
+        return data if -(2**63) <= data < 2**63 else ["int", f"{data:x}"]
+    if type(data) is str:
+        try:
+            data.encode()
+        except UnicodeEncodeError:  # halves of surrogate pairs, from a tokenizer that goes wrong
+            return ["str", data.encode("utf-8", "surrogatepass")]
+        return data
     if type(data) is complex:
         return ["complex", data.real, data.imag]
     if isinstance(data, list):
@@ -84,13 +85,15 @@ def _tree(data: Any, tensors: list[torch.Tensor], depth: int) -> Any:
     if isinstance(data, tuple):
         return ["tuple", *(_tree(x, tensors, depth - 1) for x in data)]
     if isinstance(data, dict):
-        pairs = ([_tree(k, tensors, 1), _tree(v, tensors, depth - 1)] for k, v in data.items())
+        pairs = (
+            [_tree(k, tensors, depth - 1), _tree(v, tensors, depth - 1)] for k, v in data.items()
+        )
         return ["dict", *pairs]
     if isinstance(data, torch.dtype):
         return ["dtype", str(data).removeprefix("torch.")]
     if isinstance(data, torch.Tensor):
         return _tensor_tree(data, tensors)
-    if isinstance(data, (np.ndarray, np.generic)):
+    if isinstance(data, (np.ndarray, np.generic)) and not isinstance(data, np.ma.MaskedArray):
         return _array_tree(data, tensors)
     if type(data).__module__.startswith("jax") and hasattr(data, "__array__"):
         return _array_tree(np.asarray(data), tensors)
@@ -100,14 +103,27 @@ def _tree(data: Any, tensors: list[torch.Tensor], depth: int) -> Any:
     )
 
 
+def _span(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, int]:
+    """How far a view reaches before and behind its first element, in elements."""
+    steps = [(n - 1) * s for n, s in zip(shape, stride, strict=True)]
+    return sum(s for s in steps if s < 0), sum(s for s in steps if s > 0)
+
+
+def _too_large(shape: Sequence[int], itemsize: int) -> bool:
+    """A stride of 0 makes much of little, so the bytes of a message are no bound by themselves."""
+    return len(shape) > DIMENSIONS or math.prod(shape) * itemsize > LIMIT
+
+
 def _tensor_tree(tensor: torch.Tensor, tensors: list[torch.Tensor]) -> list[Any]:
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout != torch.strided:
-        raise NotPlainData(f"{type(tensor).__name__} of layout {tensor.layout} is not plain data")
-    if tensor.device.type not in ("cpu", "cuda"):
-        raise NotPlainData(f"a tensor on {tensor.device} cannot be read")
+    plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and not tensor.is_quantized
+    if not plain or tensor.layout != torch.strided or tensor.device.type not in ("cpu", "cuda"):
+        name = f"{type(tensor).__name__} of {tensor.dtype} and {tensor.layout} on {tensor.device}"
+        raise NotPlainData(f"a {name} is not plain data")
+    if _too_large(tensor.shape, tensor.itemsize):
+        raise NotPlainData(f"a tensor of shape {list(tensor.shape)} is too large to send")
     tensor = tensor.detach().resolve_conj().resolve_neg()
     shape, stride = list(tensor.shape), list(tensor.stride())
-    extent = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
+    extent = 1 + _span(shape, stride)[1]
     if tensor.numel() == 0:
         base = tensor.new_empty(0)
     elif extent <= 4 * tensor.numel() + 1024:
@@ -125,46 +141,30 @@ def _array_tree(array: Any, tensors: list[torch.Tensor]) -> list[Any]:
     """An array travels as a tensor; a negative stride has its first element further back."""
     scalar = isinstance(array, np.generic)
     array = np.asarray(array)
-    shape, strides = array.shape, array.strides
-    if any(s % array.itemsize for s in strides) or not array.dtype.isnative:
-        array = array.astype(array.dtype.newbyteorder("="), order="C")
-        strides = array.strides
-    stride = [s // array.itemsize for s in strides]
-    if array.size == 0:
-        base, first = array.reshape(-1), 0
-    else:
-        first = sum(-(n - 1) * s for n, s in zip(shape, stride, strict=True) if s < 0)
-        extent = 1 + sum((n - 1) * abs(s) for n, s in zip(shape, stride, strict=True))
-        if extent > 4 * array.size + 1024:
-            array = np.ascontiguousarray(array)
-            stride, first, extent = [s // array.itemsize for s in array.strides], 0, array.size
-        corner = array[
-            tuple(
-                slice(n - 1, n) if s < 0 else slice(0, 1)
-                for n, s in zip(shape, stride, strict=True)
-            )
-        ]
-        base = np.lib.stride_tricks.as_strided(corner, (extent,), (array.itemsize,))
-    try:
-        tensor = torch.from_numpy(np.array(base))
-    except TypeError:
-        tensor = _unusual(base)
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    tensors.append(tensor)
-    return ["array", len(tensors) - 1, list(shape), stride, first, str(array.dtype), scalar]
-
-
-def _unusual(base: np.ndarray[Any, Any]) -> torch.Tensor:
-    """JAX's bfloat16 and the like travel as raw bytes; objects and text do not."""
-    if base.dtype.kind in "OUSMm" or base.dtype.itemsize > 8:
-        raise NotPlainData(f"an array of dtype {base.dtype} is not plain data")
-    return torch.from_numpy(np.array(base).view(np.uint8))
+    dtype = array.dtype.newbyteorder("=")
+    if dtype.name not in NUMBERS and dtype.type.__module__ != "ml_dtypes":
+        raise NotPlainData(f"an array of dtype {dtype} is not plain data")
+    if _too_large(array.shape, array.itemsize):
+        raise NotPlainData(f"an array of shape {list(array.shape)} is too large to send")
+    aligned = array.dtype.isnative and not any(s % array.itemsize for s in array.strides)
+    low, high = _span(array.shape, [s // array.itemsize for s in array.strides])
+    if not aligned or array.size == 0 or high - low >= 4 * array.size + 1024:
+        array = array.astype(dtype, order="C")
+        low, high = 0, array.size - 1
+    shape, stride = array.shape, [s // array.itemsize for s in array.strides]
+    corner = array[tuple(slice(-1, None) if s < 0 else slice(1) for s in stride)]
+    base = np.array(np.lib.stride_tricks.as_strided(corner, (1 + high - low,), (array.itemsize,)))
+    # JAX's bfloat16 and its like are not known to torch, and travel as bytes.
+    tensor = torch.from_numpy(base if dtype.name in NUMBERS else base.view(np.uint8))
+    tensors.append(torch.view_as_real(tensor) if tensor.is_complex() else tensor)
+    return ["array", len(tensors) - 1, list(shape), stride, -low, dtype.name, scalar]
 
 
 def _data(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    if not isinstance(tree, list):
+    if tree is None or type(tree) in (bool, int, float, str, bytes):
         return tree
+    if type(tree) is not list:
+        raise BadMessage(f"{type(tree).__name__} is not plain data")
     kind, *rest = tree
     if kind == "list":
         return [_data(x, tensors) for x in rest]
@@ -173,14 +173,13 @@ def _data(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if kind == "dict":
         return {_data(k, tensors): _data(v, tensors) for k, v in rest}
     if kind == "int":
-        return int(rest[0])
+        return int(rest[0], 16)
+    if kind == "str":
+        return rest[0].decode("utf-8", "surrogatepass")
     if kind == "complex":
         return complex(*rest)
     if kind == "dtype":
-        dtype = getattr(torch, rest[0])
-        if not isinstance(dtype, torch.dtype):
-            raise BadMessage(f"{rest[0]} is no dtype")
-        return dtype
+        return DTYPES[rest[0]]
     if kind == "tensor":
         return _tensor(tensors, *rest)
     if kind == "array":
@@ -196,10 +195,13 @@ def _tensor(
     device: str,
     is_complex: bool,
 ) -> torch.Tensor:
-    # A copy, since safetensors' own memory may be neither aligned nor writable.
-    base = tensors[f"{index:06d}"].clone()
-    if is_complex:
-        base = torch.view_as_complex(base)
+    # A copy, since safetensors' own memory may be neither aligned nor writable. Each travels for
+    # one place: were it copied to many, a small message could ask for much memory.
+    base = tensors.pop(f"{index:06d}").clone()
+    base = torch.view_as_complex(base) if is_complex else base.reshape(-1)
+    _check(shape, stride, 0, base.numel(), base.itemsize)
+    if device not in ("cpu", "cuda"):
+        raise BadMessage(f"no tensor travels to {device}")
     return base.to(device).as_strided(shape, stride)
 
 
@@ -212,24 +214,32 @@ def _array(
     dtype: str,
     scalar: bool,
 ) -> Any:
-    base = np.array(tensors[f"{index:06d}"].numpy())
-    if base.dtype != _dtype(dtype):
-        base = base.reshape(-1).view(_dtype(dtype))
+    base = np.array(tensors.pop(f"{index:06d}").numpy()).reshape(-1).view(_dtype(dtype))
+    _check(shape, stride, first, base.size, base.itemsize)
     if math.prod(shape) == 0:
         return np.empty(shape, base.dtype)
-    lowest = first + sum((n - 1) * s for n, s in zip(shape, stride, strict=True) if s < 0)
-    highest = first + sum((n - 1) * s for n, s in zip(shape, stride, strict=True) if s > 0)
-    if lowest < 0 or highest >= base.size:
-        raise BadMessage("an array reaches beyond its bytes")
     strides = [s * base.itemsize for s in stride]
     array = np.lib.stride_tricks.as_strided(base[first:], shape, strides)
     return array[()] if scalar else array
 
 
-def _dtype(name: str) -> np.dtype[Any]:
-    try:
-        return np.dtype(name)
-    except TypeError:
-        import ml_dtypes
+def _check(shape: list[int], stride: list[int], first: int, n_elements: int, itemsize: int) -> None:
+    """Raise BadMessage where a view would reach beyond its elements."""
+    if not all(type(n) is int for n in (*shape, *stride, first)) or min(shape, default=0) < 0:
+        raise BadMessage(f"no shape {shape} with strides {stride}")
+    if _too_large(shape, itemsize):
+        raise BadMessage(f"a view of shape {shape} is too large")
+    low, high = _span(shape, stride)
+    if math.prod(shape) and not 0 <= first + low <= first + high < n_elements:
+        raise BadMessage("a view reaches beyond its elements")
 
-        return np.dtype(getattr(ml_dtypes, name))
+
+def _dtype(name: str) -> np.dtype[Any]:
+    if name in NUMBERS:
+        return np.dtype(name)
+    import ml_dtypes
+
+    dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
+    if dtype.type.__module__ != "ml_dtypes":
+        raise BadMessage(f"{name} is no dtype")
+    return dtype

@@ -13,7 +13,7 @@ EVERY = catalog.exercises(ROOT)
 
 @pytest.mark.parametrize("word", ["7x", "softmx", "soft"])
 def test_an_unknown_exercise_gets_the_nearest_names(word):
-    with pytest.raises(catalog.UnknownExercise, match="softmax|see `kata`"):
+    with pytest.raises(catalog.UnknownExercise, match=r"softmax|see `kata`"):
         catalog.find(ROOT, word)
 
 
