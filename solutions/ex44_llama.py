@@ -128,8 +128,8 @@ def from_gguf(path: str | Path) -> Llama:
 
     A file that is not there raises FileNotFoundError. Another architecture (named in the
     message), a tensor that is missing, and one that the model has no place for, such as
-    rope_freqs.weight (named as well), raise ValueError: without it the model would run, and
-    talk nonsense.
+    rope_freqs.weight (named as well), raise ValueError: a model that is nearly right runs, and
+    talks nonsense.
     """
     # solution
     reader = gguf.GGUFReader(path)

@@ -311,9 +311,9 @@ def test_keeps_exact_angles_when_it_is_cast_to_bfloat16(attempt, rng):
 
     expected = llama(sizes, weights)(ids).logits.detach()
     error = (out.double() - expected).square().mean().sqrt() / expected.std()
-    print("ERR", error)
     assert out.dtype == torch.bfloat16
-    assert error < 0.05
+    # Rounding to 8 bits costs 0.02 of a standard deviation, angles of 8 bits cost 0.3 and more.
+    assert error < 0.06, f"off by {error:.2f} standard deviations at positions up to 500"
 
 
 # --- specs: generate -----------------------------------------------------------------------------

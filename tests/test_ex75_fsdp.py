@@ -256,14 +256,14 @@ def test_sends_an_all_gather_a_layer_each_way_and_a_reduce_scatter_in_backward(a
 
 
 def test_never_holds_more_than_two_whole_layers(attempt, rng):
-    weights, biases = layers(rng, *[30] * 7)
+    weights, biases = layers(rng, *[24] * 5)
 
-    out = attempt.ranks(2)(watch_memory, weights, biases, randn_of(rng)(2, 30))
+    out = attempt.ranks(2)(watch_memory, weights, biases, randn_of(rng)(2, 24))
 
     for rank, seen in enumerate(out):
         said = f"rank {rank} holds parameters of others, in layers: {seen}"
         assert seen["whole after construction"] == 0, said
-        assert seen["parameter bytes"] == 6 * 8 * (30 * 30 + 30) // 2, said
+        assert seen["parameter bytes"] == 4 * 8 * (24 * 24 + 24) // 2, said
         assert 1 <= seen["most in forward"] <= 2, said
         assert seen["after forward"] == 0, said
         assert seen["most in backward"] <= 2, said

@@ -65,7 +65,7 @@ def map_of(folder: Path) -> Group:
             mark, style = marks[state]
             table.add_row("", Text.assemble((mark, style), f" {e.number:02d} {e.title}"))
         if not own:
-            table.add_row("", Text("not written yet", "dim"))
+            table.add_row("", Text("to come", "dim"))
     following = next_after(folder, None)
     passed = sum(s.state == "passed" for s in standings.values())
     foot = [Text(f"{passed} of {len(every)} passed", "bold")]

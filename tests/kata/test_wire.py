@@ -35,7 +35,7 @@ TORCH_DTYPES = [
 ]  # fmt: skip
 
 
-# --- data ------------------------------------------------------------------------------------------
+# --- data ----------------------------------------------------------------------------------------
 
 
 @st.composite
@@ -50,7 +50,7 @@ def arrays(draw: st.DrawFn) -> Any:
     dtype = draw(st.sampled_from(NUMPY_DTYPES))
     shape = draw(npst.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4))
     rng = np.random.default_rng(draw(st.integers(0, 99)))
-    raw = rng.integers(0, 2 if dtype == bool else 120, shape)
+    raw = rng.integers(0, 2 if dtype.kind == "b" else 120, shape)
     array = np.asarray(raw).astype(dtype)
     if array.ndim:
         array = array.transpose(draw(st.permutations(range(array.ndim))))
@@ -116,7 +116,7 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-# --- there and back --------------------------------------------------------------------------------
+# --- there and back ------------------------------------------------------------------------------
 
 
 @quick
@@ -135,19 +135,15 @@ def test_equal_data_give_equal_bytes(x: Any) -> None:
     assert wire.encode(wire.decode(message)) == message
 
 
-@pytest.mark.parametrize("dtype", sorted(wire.DTYPES.values(), key=str), ids=str)
-@pytest.mark.filterwarnings("ignore")
-def test_a_tensor_of_any_dtype_travels_or_is_refused(dtype: torch.dtype) -> None:
-    try:
-        x = torch.arange(6).reshape(2, 3).to(dtype).T
-    except (RuntimeError, NotImplementedError, ValueError, TypeError):
-        x = torch.zeros(6, dtype=torch.uint8)
-        pytest.skip("torch itself cannot make one")
+@pytest.mark.parametrize("name", [n for n in sorted(wire.DTYPES) if not n.startswith("q")])
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
+def test_a_tensor_of_any_dtype_travels_or_is_refused(name: str) -> None:
+    x = torch.empty(3, 2, dtype=wire.DTYPES[name]).T
 
     try:
         y = wire.decode(wire.encode(x))
     except NotPlainData:
-        assert dtype not in TORCH_DTYPES
+        assert x.dtype not in TORCH_DTYPES
     else:
         assert (y.dtype, y.shape, y.stride()) == (x.dtype, x.shape, x.stride())
 
@@ -224,7 +220,7 @@ def test_numbers_of_any_size_travel() -> None:
     assert wire.decode(wire.encode(large)) == large
 
 
-# --- what does not travel ----------------------------------------------------------------------------
+# --- what does not travel ------------------------------------------------------------------------
 
 
 class Colour(enum.StrEnum):
@@ -287,14 +283,14 @@ def test_refuses_what_is_nested_too_deep_or_in_itself() -> None:
 def test_sizes_are_bounded_both_ways() -> None:
     message = wire.encode(torch.zeros(1000))
 
-    with pytest.raises(NotPlainData, match="4,[0-9]{3} bytes"):
+    with pytest.raises(NotPlainData, match=r"4,\d\d\d bytes"):
         wire.encode(torch.zeros(1000), limit=4000)
-    with pytest.raises(BadMessage, match="4,[0-9]{3} bytes"):
+    with pytest.raises(BadMessage, match=r"4,\d\d\d bytes"):
         wire.decode(message, limit=4000)
     assert wire.decode(message, limit=len(message)).shape == (1000,)
 
 
-# --- bytes that are no message -----------------------------------------------------------------------
+# --- bytes that are no message -------------------------------------------------------------------
 
 
 def decodes_or_is_bad(message: bytes) -> bool:
@@ -394,6 +390,10 @@ def test_a_claim_that_the_bytes_do_not_bear_out_is_bad(kind: str, changes: dict[
         wire.decode(claim(kind, **changes))
 
 
+STRANGE = ["object", "O", "S8", "U2", "M8[s]", "V8", "i4,i4", "i4,O", "float128", "float64 ", ""]
+STRANGE += ["(", "finfo", "iinfo", "__name__", "__doc__", None, 8]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -403,11 +403,7 @@ def test_a_claim_that_the_bytes_do_not_bear_out_is_bad(kind: str, changes: dict[
         {"first": 1.0},
         {"first": 2**63},
         {"first": 3, "shape": [5], "stride": [-1]},
-        *[
-            {"dtype": name}
-            for name in ("object", "O", "S8", "U2", "M8[s]", "V8", "i4,i4", "i4,O", "", "(", "float128")
-        ],
-        *[{"dtype": name} for name in ("finfo", "__name__", "__doc__", "iinfo", None, 8, "float64 ")],
+        *[{"dtype": name} for name in STRANGE],
         {"dtype": "int4", "shape": [65], "stride": [1]},
     ],
     ids=str,
@@ -425,13 +421,13 @@ def test_a_tensor_travels_to_no_strange_device(device: Any) -> None:
 
 def test_an_array_of_rows_reaches_no_further_than_its_bytes() -> None:
     """The base is meant to be flat; a slice of one that is not would start beyond its end."""
-    for dtype in ("float64", "int64", "bfloat16"):
-        tree = ["array", 0, [8], [1], 1, dtype, False]
-        with pytest.raises(BadMessage):
-            wire.decode(forged(tree, t000000=torch.zeros(4, 2, dtype=torch.float64))[:])
-    tree = ["array", 0, [2], [1], 5, "float64", False]
     base = torch.arange(8.0, dtype=torch.float64).reshape(4, 2)
-    assert wire.decode(forged(tree, t000000=base)).tolist() == [5.0, 6.0]
+
+    for dtype in ("float64", "int64", "complex64"):
+        with pytest.raises(BadMessage):
+            wire.decode(forged(["array", 0, [8], [1], 1, dtype, False], t000000=base))
+    inside = wire.decode(forged(["array", 0, [2], [1], 5, "float64", False], t000000=base))
+    assert inside.tolist() == [5.0, 6.0]
 
 
 @pytest.mark.parametrize(
@@ -478,7 +474,7 @@ def test_a_tree_that_is_none_of_ours_is_bad(tree: Any) -> None:
         b"\xc6\xff\xff\xff\xff",
         msgspec.msgpack.encode([1, b"\xff" * 8]),
         msgspec.msgpack.encode([1, b"\0" * 7]),
-        msgspec.msgpack.encode([["tensor", 0, [2], [1], "cpu", False], b"\x02" + b"\0" * 7 + b"{}"]),
+        msgspec.msgpack.encode([["list"], b"\x02" + b"\0" * 6 + b"\1{}"]),
     ],
     ids=lambda m: m[:8].hex(),
 )  # fmt: skip
