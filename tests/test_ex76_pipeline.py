@@ -219,11 +219,12 @@ def run_watched(ex, weights, cuts, schedule, n_micro, x, targets):
     stage = own_stage(weights, cuts)
     x, targets = hidden_elsewhere(x, targets)
     rows = len(x) // n_micro
-    count, inputs, alive = {"now": 0, "most": 0}, [], []
+    count, inputs, alive = {"now": 0, "most": 0}, {}, []
 
     def entered(_, args):
-        inputs.append(StorageWeakRef(args[0].untyped_storage()))
-        alive.append(sum(not storage.expired() for storage in inputs))
+        storage = StorageWeakRef(args[0].untyped_storage())
+        inputs[storage.cdata] = storage  # once, however often the stage is applied to it
+        alive.append(sum(not storage.expired() for storage in inputs.values()))
 
     with torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: Kept(tensor, count), lambda kept: kept.tensor

@@ -6,10 +6,14 @@ named, it and no other; every accepted version passes.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
 
 from kata import mistakes
 from kata.catalog import Exercise
@@ -54,18 +58,45 @@ def claims(exercise: Exercise, seed: int) -> Iterator[Claim]:
 
 
 def prove(exercises: list[Exercise], seed: int = 0) -> Iterator[list[Claim]]:
-    """Judge every claim, several at once; yields an exercise's claims when all are judged."""
+    """Judge every claim, several at once; yields an exercise's claims when all are judged.
+
+    The verdicts are kept in .cache/kata: a test compares them with those of other places.
+    """
     every = [claim for exercise in exercises for claim in claims(exercise, seed)]
     warm(sorted({name for exercise in exercises for name in outside(exercise)}))
     left = {e.stem: sum(c.exercise.stem == e.stem for c in every) for e in exercises}
     os.environ["OMP_NUM_THREADS"] = "1"  # as many children as cores: one thread each is quickest
     for which, report, seconds in judge_all([c.job for c in every], os.cpu_count() or 1):
         claim = every[which]
+        keep(claim.job, report)
         claim.faults = [report.error.message] if report.error else claim.check(report)
         claim.seconds = seconds
         left[claim.exercise.stem] -= 1
         if left[claim.exercise.stem] == 0:
             yield [c for c in every if c.exercise.stem == claim.exercise.stem]
+
+
+def keep(job: Job, report: Report) -> None:
+    """Write a verdict down, by all that it depends on."""
+    path = _kept(job)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(msgspec.json.encode(report))
+
+
+def kept(job: Job) -> Report | None:
+    """The verdict of an earlier proof on the same files."""
+    path = _kept(job)
+    return msgspec.json.decode(path.read_bytes(), type=Report) if path.exists() else None
+
+
+def _kept(job: Job) -> Path:
+    exercise = job.exercise
+    parts = [Exercise(exercise.root, stem).solution for stem in exercise.parts]
+    runner = sorted(Path(__file__).parent.glob("*.py"))
+    digest = hashlib.sha256(repr(job).encode())
+    for path in (Path(job.submission), exercise.spec, exercise.mistakes, *parts, *runner):
+        digest.update(path.read_bytes())
+    return exercise.root / ".cache" / "kata" / "verdicts" / f"{digest.hexdigest()[:24]}.json"
 
 
 def _passes(report: Report) -> list[str]:

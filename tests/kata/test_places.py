@@ -2,18 +2,18 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from kata import catalog, mistakes
+from kata import catalog, proof
 from kata.report import Report
 from kata.server import Job, WarmServer
 
 ROOT = Path(__file__).parents[2]
 EVERY = catalog.exercises(ROOT)
-LIGHT = ["-m", "not weights and not train", "--naming-limit", "60"]
 
 # A fresh process which never forks. Ranks must be forked before torch has run anything, so those
 # exercises get a fresh process for each job.
@@ -27,7 +27,8 @@ for line in sys.stdin.buffer:
 """
 
 
-def judged_cold(jobs: list[Job], together: bool) -> list[Report]:
+def judged_cold(exercise: catalog.Exercise, jobs: list[Job]) -> list[Report]:
+    together = "multiprocess" not in exercise.suites
     reports = []
     for some in [jobs] if together else [[job] for job in jobs]:
         lines = b"".join(msgspec.json.encode(job) + b"\n" for job in some)
@@ -38,47 +39,75 @@ def judged_cold(jobs: list[Job], together: bool) -> list[Report]:
     return reports
 
 
+def judged_warm(exercise: catalog.Exercise, jobs: list[Job]) -> list[Report]:
+    """By the proof's forked children, if it has run on these files; else by the server of watch."""
+    reports = [proof.kept(job) for job in jobs]
+    if None in reports:
+        server = WarmServer(exercise)
+        reports = []
+        for job in jobs:
+            server.run(job)
+            reports.append(server.receive())
+        server.close()
+    return reports
+
+
+def jobs_of(exercise: catalog.Exercise) -> list[Job]:
+    """The stub, the reference without its slow specs, and every mistake."""
+    claims = proof.claims(exercise, seed=0)
+    jobs = [claim.job for claim in claims if not claim.says.startswith("accepts")]
+    return jobs[1:]  # the first is the reference with its real weights: in the worker, below
+
+
+@pytest.fixture(scope="module")
+def cold():
+    """What will be judged in cold processes, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        yield {e.stem: pool.submit(judged_cold, e, jobs_of(e)) for e in EVERY}
+
+
+@pytest.fixture(scope="module")
+def isolated():
+    """The references, judged in workers, two at a time."""
+    options = ["--isolate"]
+    jobs = {e: Job(str(ROOT), e.stem, str(e.solution), options) for e in EVERY}
+    with ThreadPoolExecutor(2) as pool:
+        yield {e.stem: pool.submit(judged_cold, e, [job]) for e, job in jobs.items()}
+
+
 def essence(report: Report) -> object:
-    """All of a verdict but what it took."""
+    """All of a verdict but the time that it took."""
     specs = [
-        (
-            spec.name,
-            spec.status,
-            spec.detail and (spec.detail.kind, spec.detail.call, spec.detail.where),
-        )
-        for spec in report.specs
+        (s.name, s.status, s.detail and (s.detail.kind, s.detail.call, s.detail.where))
+        for s in report.specs
     ]
     return report.stem, report.state, report.mistakes, specs, report.error
 
 
-@pytest.fixture(scope="module")
-def server():
-    warm = WarmServer(EVERY[0])
-    yield warm
-    warm.close()
+@pytest.mark.parametrize("exercise", EVERY, ids=lambda e: e.stem)
+def test_warm_and_cold_verdicts_are_equal(exercise, cold):
+    warm = judged_warm(exercise, jobs_of(exercise))
+
+    assert warm[0].state == "unwritten"
+    assert {report.state for report in warm[1:]} == {"failed"}
+    assert [essence(r) for r in cold[exercise.stem].result()] == [essence(r) for r in warm]
 
 
 @pytest.mark.parametrize("exercise", EVERY, ids=lambda e: e.stem)
-def test_warm_and_cold_verdicts_are_equal(exercise, server):
-    wrong = mistakes.load(exercise).mistake
-    paths = [exercise.solution, exercise.stub, *(mistakes.write(exercise, m) for m in wrong)]
-    jobs = [Job(str(ROOT), exercise.stem, str(path), LIGHT) for path in paths]
+def test_every_spec_passes_in_a_worker_that_holds_no_answers(exercise, isolated):
+    (report,) = isolated[exercise.stem].result()
 
-    server.prepare(exercise)
+    assert report.state == "passed", [s for s in report.specs if s.status == "failed"]
+
+
+def test_the_server_of_watch_says_the_same_as_a_cold_process():
+    exercise = catalog.find(ROOT, 31)
+    jobs = jobs_of(exercise)[:4]
+    server = WarmServer(exercise)
     warm = []
     for job in jobs:
         server.run(job)
         warm.append(server.receive())
-    cold = judged_cold(jobs, together="multiprocess" not in exercise.suites)
+    server.close()
 
-    assert [r.state for r in warm[:2]] == ["passed", "unwritten"]
-    assert [essence(r) for r in warm] == [essence(r) for r in cold]
-
-
-@pytest.mark.parametrize("exercise", EVERY, ids=lambda e: e.stem)
-def test_every_spec_passes_in_a_worker_that_holds_no_answers(exercise):
-    job = Job(str(ROOT), exercise.stem, str(exercise.solution), ["--isolate"])
-
-    (report,) = judged_cold([job], together=True)
-
-    assert report.state == "passed", [s for s in report.specs if s.status == "failed"]
+    assert [essence(r) for r in warm] == [essence(r) for r in judged_cold(exercise, jobs)]
