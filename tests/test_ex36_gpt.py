@@ -97,8 +97,9 @@ def fresh_logits(ex, config, tokens):
     return ex.GPT(ex.GPTConfig(**config))(tokens)
 
 
-def generate(ex, config, weights, tokens, max_new_tokens, temperature):
-    return build(ex, config, weights).generate(tokens, max_new_tokens, temperature=temperature)
+def generate(ex, config, weights, tokens, max_new_tokens, temperature=None):
+    how = {} if temperature is None else {"temperature": temperature}
+    return build(ex, config, weights).generate(tokens, max_new_tokens, **how)
 
 
 def saved_by_generating(ex, config, tokens):
@@ -314,7 +315,7 @@ def test_returns_the_tokens_as_given_when_none_are_to_be_added(attempt, rng):
     assert_close(attempt(generate, GPT2, weights, tokens, 0, 1.0), tokens)
 
 
-@pytest.mark.parametrize("temperature", [0.5, 2.0])
+@pytest.mark.parametrize("temperature", [0.5, None, 2.0], ids=["half", "unsaid", "double"])
 def test_draws_each_token_as_often_as_the_temperature_says(attempt, rng, temperature):
     n = 2000
     weights, tokens = make_weights(GPT2, rng), make_tokens(GPT2, rng, 1, 4)
@@ -323,7 +324,7 @@ def test_draws_each_token_as_often_as_the_temperature_says(attempt, rng, tempera
 
     counts = torch.bincount(written[:, -1], minlength=GPT2["vocab_size"]).double()
     logits = oracle(GPT2, weights)(tokens).logits[0, -1].detach()
-    probabilities = torch.softmax(logits / temperature, dim=-1)
+    probabilities = torch.softmax(logits / (temperature or 1.0), dim=-1)
     # Bernstein: a count of mean n·p is off by more than this with probability 1e-9 at most.
     x = math.log(2 / 1e-9)
     bound = x / 3 + (x**2 / 9 + 2 * x * n * probabilities * (1 - probabilities)).sqrt()

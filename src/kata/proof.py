@@ -42,7 +42,7 @@ def claims(exercise: Exercise, seed: int) -> Iterator[Claim]:
     """
     variants = mistakes.load(exercise)
     seeded = ["--seed", str(seed)]
-    light = [*seeded, "-m", "not weights and not train", "--naming-limit", "60"]
+    light = [*seeded, "-m", "not weights and not train", "--naming-limit", "600"]
 
     def claim(says: str, path: object, options: list[str], check: Check) -> Claim:
         job = Job(str(exercise.root), exercise.stem, str(path), options)

@@ -19,7 +19,7 @@ import time
 from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
-from typing import TextIO
+from typing import ClassVar, TextIO
 
 import msgspec
 import torch
@@ -49,6 +49,8 @@ class Job(msgspec.Struct):
 
 class RankServer:
     """Forks ranks on request. Start it before this process runs anything in torch or JAX."""
+
+    current: ClassVar[RankServer | None] = None  # for several pytest runs in one process
 
     def __init__(self) -> None:
         self._connection, theirs = Pipe()

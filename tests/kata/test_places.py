@@ -15,11 +15,12 @@ from kata.server import Job, WarmServer
 ROOT = Path(__file__).parents[2]
 EVERY = catalog.exercises(ROOT)
 
-# A fresh process which never forks. Ranks must be forked before torch has run anything, so those
-# exercises get a fresh process for each job.
+# A fresh process that judges without a fork; only ranks come from one that it began with.
 COLD = """
 import sys, msgspec
+from kata.ranks import RankServer
 from kata.server import Job, judge
+RankServer.current = RankServer()
 for line in sys.stdin.buffer:
     report = judge(msgspec.json.decode(line, type=Job))
     sys.stdout.buffer.write(msgspec.json.encode(report) + b"\\n")
@@ -27,16 +28,12 @@ for line in sys.stdin.buffer:
 """
 
 
-def judged_cold(exercise: catalog.Exercise, jobs: list[Job]) -> list[Report]:
-    together = "multiprocess" not in exercise.suites
-    reports = []
-    for some in [jobs] if together else [[job] for job in jobs]:
-        lines = b"".join(msgspec.json.encode(job) + b"\n" for job in some)
-        done = subprocess.run([sys.executable, "-c", COLD], input=lines, capture_output=True)
-        assert done.returncode == 0, done.stderr.decode()[-3000:]
-        answers = [line for line in done.stdout.splitlines() if line.startswith(b'{"stem"')]
-        reports += [msgspec.json.decode(line, type=Report) for line in answers]
-    return reports
+def judged_cold(jobs: list[Job]) -> list[Report]:
+    lines = b"".join(msgspec.json.encode(job) + b"\n" for job in jobs)
+    done = subprocess.run([sys.executable, "-c", COLD], input=lines, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    answers = [line for line in done.stdout.splitlines() if line.startswith(b'{"stem"')]
+    return [msgspec.json.decode(line, type=Report) for line in answers]
 
 
 def judged_warm(exercise: catalog.Exercise, jobs: list[Job]) -> list[Report]:
@@ -63,7 +60,7 @@ def jobs_of(exercise: catalog.Exercise) -> list[Job]:
 def cold():
     """What will be judged in cold processes, two at a time."""
     with ThreadPoolExecutor(2) as pool:
-        yield {e.stem: pool.submit(judged_cold, e, jobs_of(e)) for e in EVERY}
+        yield {e.stem: pool.submit(judged_cold, jobs_of(e)) for e in EVERY}
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +69,7 @@ def isolated():
     options = ["--isolate"]
     jobs = {e: Job(str(ROOT), e.stem, str(e.solution), options) for e in EVERY}
     with ThreadPoolExecutor(2) as pool:
-        yield {e.stem: pool.submit(judged_cold, e, [job]) for e, job in jobs.items()}
+        yield {e.stem: pool.submit(judged_cold, [job]) for e, job in jobs.items()}
 
 
 def essence(report: Report) -> object:
@@ -110,4 +107,4 @@ def test_the_server_of_watch_says_the_same_as_a_cold_process():
         warm.append(server.receive())
     server.close()
 
-    assert [essence(r) for r in warm] == [essence(r) for r in judged_cold(exercise, jobs)]
+    assert [essence(r) for r in warm] == [essence(r) for r in judged_cold(jobs)]
