@@ -59,6 +59,7 @@ def test_linear_betas_rise_evenly_from_the_first_to_the_last(attempt):
 
     assert_close(out, torch.tensor([0.1, 0.15, 0.2, 0.25, 0.3], dtype=torch.float64))
     assert_close(attempt(linear, 1), torch.tensor([1e-4], dtype=torch.float64))
+    assert_close(attempt(linear, 2), torch.tensor([1e-4, 0.02], dtype=torch.float64))
 
 
 def test_cosine_betas_let_the_signal_fall_like_a_squared_cosine(attempt):

@@ -62,6 +62,8 @@ def prepare_environment() -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     prepare_environment()
+    if not hasattr(config.option, "tbstyle"):  # nobody reads them then
+        config.option.tbstyle = "native"
     config.stash[JUDGE] = Judge(config)
     config.pluginmanager.register(config.stash[JUDGE], "kata-judge")
 

@@ -63,9 +63,10 @@ def prove(exercises: list[Exercise], seed: int = 0) -> Iterator[list[Claim]]:
     The verdicts are kept in .cache/kata: a test compares them with those of other places.
     """
     every = [claim for exercise in exercises for claim in claims(exercise, seed)]
+    # As many children as cores. Torch reads this as it is imported; more threads only wait.
+    os.environ["OMP_NUM_THREADS"] = "1"
     warm(sorted({name for exercise in exercises for name in outside(exercise)}))
     left = {e.stem: sum(c.exercise.stem == e.stem for c in every) for e in exercises}
-    os.environ["OMP_NUM_THREADS"] = "1"  # as many children as cores: one thread each is quickest
     for which, report, seconds in judge_all([c.job for c in every], os.cpu_count() or 1):
         claim = every[which]
         keep(claim.job, report)

@@ -1,5 +1,6 @@
 """A verdict is the same wherever it was made: warm, cold, and in a worker that holds no answers."""
 
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +31,9 @@ for line in sys.stdin.buffer:
 
 def judged_cold(jobs: list[Job]) -> list[Report]:
     lines = b"".join(msgspec.json.encode(job) + b"\n" for job in jobs)
-    done = subprocess.run([sys.executable, "-c", COLD], input=lines, capture_output=True)
+    env = os.environ | {"OMP_NUM_THREADS": "1"}  # two at a time
+    command = [sys.executable, "-c", COLD]
+    done = subprocess.run(command, input=lines, capture_output=True, env=env)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
     answers = [line for line in done.stdout.splitlines() if line.startswith(b'{"stem"')]
     return [msgspec.json.decode(line, type=Report) for line in answers]
