@@ -85,14 +85,19 @@ class Llama(nn.Module):
             self.output = nn.Linear(config.d_model, config.vocab_size, bias=False)
 
     def forward(
-        self, ids: Tensor, caches: list[KVCache] | None = None, n_pad: Tensor | None = None
+        self,
+        ids: Tensor,
+        caches: list[KVCache] | None = None,
+        n_pad: Tensor | None = None,
+        last_only: bool = False,
     ) -> Tensor:
         """Score every token of the vocabulary as the successor of each of `ids`.
 
-        ids:     (batch, n_new) int64
-        caches:  one for each layer, with the tokens before; None: there are none, keep none
-        n_pad:   (batch,) int64, how many of each sequence's first tokens are padding; None: none
-        returns: (batch, n_new, vocab_size) logits
+        ids:       (batch, n_new) int64
+        caches:    one for each layer, with the tokens before; None: there are none, keep none
+        n_pad:     (batch,) int64, how many of each sequence's first tokens are padding; None: none
+        last_only: whether to score after the last of `ids` alone, without the others' cost
+        returns:   (batch, n_new, vocab_size) logits; (batch, 1, vocab_size) where last_only
         """
         raise NotImplementedError("exercise 44 is not written yet")
 

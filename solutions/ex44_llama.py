@@ -94,14 +94,19 @@ class Llama(nn.Module):
             self.output = nn.Linear(config.d_model, config.vocab_size, bias=False)
 
     def forward(
-        self, ids: Tensor, caches: list[KVCache] | None = None, n_pad: Tensor | None = None
+        self,
+        ids: Tensor,
+        caches: list[KVCache] | None = None,
+        n_pad: Tensor | None = None,
+        last_only: bool = False,
     ) -> Tensor:
         """Score every token of the vocabulary as the successor of each of `ids`.
 
-        ids:     (batch, n_new) int64
-        caches:  one for each layer, with the tokens before; None: there are none, keep none
-        n_pad:   (batch,) int64, how many of each sequence's first tokens are padding; None: none
-        returns: (batch, n_new, vocab_size) logits
+        ids:       (batch, n_new) int64
+        caches:    one for each layer, with the tokens before; None: there are none, keep none
+        n_pad:     (batch,) int64, how many of each sequence's first tokens are padding; None: none
+        last_only: whether to score after the last of `ids` alone, without the others' cost
+        returns:   (batch, n_new, vocab_size) logits; (batch, 1, vocab_size) where last_only
         """
         # solution
         config = self.config
@@ -110,6 +115,8 @@ class Llama(nn.Module):
         x = self.token_embd(ids)
         for block, cache in zip(self.blk, caches or [None] * config.n_layers, strict=True):
             x = block(x, frequencies, cache, n_pad)
+        if last_only:
+            x = x[:, -1:]
         head = self.token_embd if config.tied else self.output
         return F.linear(self.output_norm(x), head.weight)
 
@@ -185,6 +192,6 @@ def generate(model: Llama, ids: Tensor, n_new: int, n_pad: Tensor | None = None)
     new = ids
     with torch.no_grad():
         for _ in range(n_new):
-            new = model(new, caches, n_pad)[:, -1].argmax(dim=-1, keepdim=True)
+            new = model(new, caches, n_pad, last_only=True)[:, -1].argmax(-1, keepdim=True)
             ids = torch.cat((ids, new), dim=1)
     return ids

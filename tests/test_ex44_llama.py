@@ -51,6 +51,11 @@ def logits(ex, sizes, weights, ids, n_pad=None):
     return build(ex, sizes, weights)(ids, n_pad=n_pad)
 
 
+def all_logits_and_last(ex, sizes, weights, ids):
+    model = build(ex, sizes, weights)
+    return model(ids), model(ids, last_only=True)
+
+
 def logits_in_chunks(ex, sizes, weights, ids, chunks, n_pad=None):
     model = build(ex, sizes, weights)
     caches = new_caches(ex, model, len(ids), ids.shape[1])
@@ -257,9 +262,11 @@ def test_scores_the_next_token_as_transformers_does(attempt, rng, tied):
     sizes = SIZES | {"tied": tied}
     weights, ids = random_weights(rng, sizes), random_ids(rng, 2, 7)
 
-    out = attempt(logits, sizes, weights, ids)
+    out, last = attempt(all_logits_and_last, sizes, weights, ids)
 
-    assert_close(out, llama(sizes, weights)(ids).logits.detach(), **ANGLES)
+    expected = llama(sizes, weights)(ids).logits.detach()
+    assert_close(out, expected, **ANGLES)
+    assert_close(last, expected[:, -1:], **ANGLES)
 
 
 # transformers computes cos and sin in float32, whatever the model's dtype.
@@ -340,10 +347,11 @@ def test_sends_each_token_through_the_model_once(attempt, rng):
 
     assert_close(out, continued(llama(SIZES, weights), ids, 12))
     assert n_kept == 0, f"generate recorded a graph: {n_kept} tensors were kept for its gradient"
-    n_tokens = 2 * (5 + 12)
-    matrices = [w for name, w in weights.items() if w.dim() == 2 and "token_embd" not in name]
+    in_layers = sum(w.numel() for n, w in weights.items() if w.dim() == 2 and "blk" in n)
     attention = 4 * SIZES["n_layers"] * SIZES["d_model"] * (5 + 12)
-    assert flops <= n_tokens * (2 * sum(w.numel() for w in matrices) + attention)
+    head = 2 * weights["output.weight"].numel()
+    # For each of two texts: 5 + 12 tokens through the layers, and 12 answers of the head.
+    assert flops <= 2 * ((5 + 12) * (2 * in_layers + attention) + 12 * head)
 
 
 # --- specs: from_gguf ----------------------------------------------------------------------------
@@ -365,11 +373,12 @@ def test_reads_quantised_tensors_as_they_were_meant(attempt, rng):
 FLOAT32 = {"rtol": 1e-4, "atol": 1e-4}
 
 
-def test_reads_a_file_that_leaves_out_what_goes_without_saying(attempt, rng):
+@pytest.mark.parametrize("left_out", ["attention.head_count_kv", "rope.freq_base"])
+def test_reads_a_file_that_leaves_out_what_goes_without_saying(attempt, rng, left_out):
     sizes = SIZES | {"n_kv_heads": 4, "rope_theta": 10_000.0, "tied": True}
     weights, ids = random_weights(rng, sizes, torch.float32), random_ids(rng, 2, 30)
     metadata = metadata_of(sizes)
-    del metadata["llama.attention.head_count_kv"], metadata["llama.rope.freq_base"]
+    del metadata[f"llama.{left_out}"]
 
     out, _ = attempt(logits_from_gguf, metadata, tensors_of(weights, sizes), ids)
 
