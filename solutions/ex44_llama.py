@@ -183,7 +183,8 @@ def generate(model: Llama, ids: Tensor, n_new: int, n_pad: Tensor | None = None)
     n_pad:   (batch,) int64, how many of each sequence's first tokens are padding; None: none
     returns: (batch, n_prompt + n_new) int64, the prompt and what follows
 
-    No gradient is recorded, and each token passes through the model once: the last one not at all.
+    No gradient is recorded. Each token passes through the layers once, the last one not at all,
+    and of the prompt's tokens only the last one is scored.
     """
     # solution
     config, weight = model.config, model.token_embd.weight

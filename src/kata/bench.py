@@ -148,43 +148,6 @@ server.close()
 """
 
 
-def proof_of_all(root: Path, times: int) -> list[str]:
-    """The whole proof, an exercise."""
-    del times
-    start = time.perf_counter()
-    subprocess.run(
-        [sys.executable, "-m", "kata", "proof"], cwd=root, check=True, capture_output=True
-    )
-    seconds, count = time.perf_counter() - start, len(catalog.exercises(root))
-    return [
-        _row(
-            f"`nox -s proof`, {count} exercises",
-            f"{seconds:.0f} s",
-            "an exercise",
-            f"{seconds / count:.1f} s",
-            None,
-        )
-    ]
-
-
-def decoding(root: Path, times: int) -> list[str]:
-    """Tokens per second of exercise 44's reference on SmolLM2, beside transformers' generate."""
-    exercise = catalog.find(root, 44)
-    out = _in_fresh_python(
-        DECODE.format(solutions=str(exercise.solution.parent), times=max(3, times // 3))
-    )
-    ours, theirs = (float(word) for word in out.split())
-    return [
-        _row(
-            "decoding SmolLM2-135M, float32",
-            f"{ours:.1f} tokens/s",
-            "transformers",
-            f"{theirs:.1f} tokens/s",
-            ours / theirs,
-        )
-    ]
-
-
 def _in_fresh_python(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if done.returncode:
@@ -194,16 +157,6 @@ def _in_fresh_python(code: str) -> str:
 
 def _row(what: str, ours: str, beside: str, theirs: str, ratio: float | None = None) -> str:
     return f"| {what} | {ours} | {beside} | {theirs} | {f'{ratio:.1f} ×' if ratio else ''} |"
-
-
-DECODE = """
-import sys, time, statistics, importlib.util, tempfile, warnings
-sys.path.insert(0, {solutions!r})
-import torch, transformers
-import ex44_llama as ex
-transformers.logging.set_verbosity_error()
-path = ex.find_gguf() if hasattr(ex, "find_gguf") else None
-"""
 
 
 def table(root: Path, times: int) -> list[str]:
@@ -216,7 +169,7 @@ def table(root: Path, times: int) -> list[str]:
         stub = catalog.find(copy, 31)
         stub.stub.write_text(stub.solution.read_text("utf-8"), "utf-8")
         rows = []
-        for measure in (front_door, save_to_verdict, four_ranks, decoding, proof_of_all):
+        for measure in (front_door, save_to_verdict, four_ranks):
             rows += measure(copy, times)
             print(rows[-1], flush=True)
         return rows
