@@ -60,7 +60,10 @@ def _checked(session: nox.Session, interpreter: str) -> str:
     project = (ROOT / "pyproject.toml").read_text()
     listed = re.search(r"^dependencies = \[(.*?)^\]", project, re.M | re.S)[1]
     names = [n for n in re.findall(r'"([\w-]+)[^"]*"', listed) if n != "triton"]
-    code = f"import importlib.util as u; print(*[n for n in {names} if not u.find_spec(n)])"
+    code = (
+        "import importlib.metadata as m; "
+        f"print(*[n for n in {names} if not [*m.distributions(name=n)]])"
+    )
     missing = session.run(interpreter, "-c", code, external=True, silent=True, log=False).split()
     if missing:
         session.error(
