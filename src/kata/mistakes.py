@@ -87,7 +87,8 @@ def recognise(
     """The known mistakes that give what the learner's code gave.
 
     A mistake is it if it gives the same results in every attempt of the run, where the reference
-    does not; failing that, in every attempt of one failed spec. `replay(None, …)` is the reference.
+    does not; failing that, in every attempt of a failed spec: of several such the ones that agree
+    with most attempts of the run. `replay(None, …)` is the reference.
     Gives up, with nothing, after `seconds`.
     """
     end = time.monotonic() + seconds
@@ -106,17 +107,19 @@ def recognise(
     def cost(i: int) -> tuple[bool, float]:
         return record[i].spec not in failed, max(d.seconds for d in record[i].done)
 
-    groups = [sorted(range(len(record)), key=cost)]
-    groups += [[i for i in groups[0] if record[i].spec == spec] for spec in failed]
+    every = sorted(range(len(record)), key=cost)
     variants = list(variants)
     try:
-        for group in groups:
-            found = [v for v in variants if group and agrees(v, group)]
-            if found and not agrees(None, group):
-                return found
+        differs = every and not agrees(None, every)
+        if differs and (found := [v for v in variants if agrees(v, every)]):
+            return found
+        specs = [[i for i in every if record[i].spec == name] for name in failed]
+        specs = [spec for spec in specs if spec and not agrees(None, spec)]
+        likely = [v for v in variants if any(agrees(v, spec) for spec in specs)]
+        agreeing = {v: sum(agrees(v, [i]) for i in every) for v in likely}
+        return [v for v in likely if agreeing[v] == max(agreeing.values())]
     except TimeoutError:
-        pass
-    return []
+        return []
 
 
 def same(a: list[Done], b: list[Done]) -> bool:

@@ -45,6 +45,7 @@ class Job(msgspec.Struct):
     call: bytes
     seed: int
     limit: float = LIMIT
+    replay: bool = False  # may run on ranks that have replayed something before
 
 
 class RankServer:
@@ -64,9 +65,12 @@ class RankServer:
         theirs.close()
 
     def run(self, job: Job) -> list[Done]:
-        """One result a rank."""
+        """One result a rank. What fails in used ranks is done again in fresh ones."""
         self._connection.send_bytes(msgspec.msgpack.encode(job))
-        return msgspec.msgpack.decode(self._connection.recv_bytes(), type=list[Done])
+        done = msgspec.msgpack.decode(self._connection.recv_bytes(), type=list[Done])
+        if job.replay and any(d.problem for d in done):
+            return self.run(msgspec.structs.replace(job, replay=False))
+        return done
 
     def close(self) -> None:
         """End the server, and with it whatever rank is left."""
@@ -80,41 +84,62 @@ def _serve(requests: Connection) -> None:
     with suppress(ImportError):  # torch does at the first backward, for a second in every rank
         importlib.import_module("torch.fx.experimental.symbolic_shapes")
     gc.freeze()  # else a collection in a rank walks all of torch
-    while True:
+    ranks: list[_Rank] = []
+    with tempfile.TemporaryDirectory(prefix="kata-ranks-") as folder:
         try:
-            job = msgspec.msgpack.decode(requests.recv_bytes(), type=Job)
-        except EOFError:
-            return
-        with tempfile.TemporaryDirectory(prefix="kata-ranks-") as folder:
-            ranks: list[_Rank] = []
-            try:
-                for rank in range(job.n):
-                    ranks.append(_Rank(job, rank, Path(folder), ranks))
-                done = _collect(ranks, job, requests)
-            finally:
+            for job in iter(lambda: _receive(requests), None):
+                if not (job.replay and ranks and len(ranks) == job.n):
+                    _end(ranks)
+                    meeting = Path(tempfile.mkdtemp(dir=folder))
+                    for rank in range(job.n):
+                        ranks.append(_Rank(job.n, rank, meeting, ranks))
                 for each in ranks:
-                    each.end()
-        if done is None:
-            return
-        requests.send_bytes(msgspec.msgpack.encode(done))
+                    each.start(job)
+                done = _collect(ranks, job, requests)
+                if done is None:
+                    return
+                requests.send_bytes(msgspec.msgpack.encode(done))
+                if not job.replay or any(d.problem for d in done):
+                    _end(ranks)
+        finally:
+            _end(ranks)
+
+
+def _receive(connection: Connection) -> Job | None:
+    try:
+        return msgspec.msgpack.decode(connection.recv_bytes(), type=Job)
+    except (EOFError, OSError):
+        return None
+
+
+def _end(ranks: list[_Rank]) -> None:
+    while ranks:
+        ranks.pop().end()
 
 
 class _Rank:
     """A forked rank, seen from its parent."""
 
-    def __init__(self, job: Job, rank: int, folder: Path, earlier: list[_Rank]) -> None:
-        self.rank, self.job, self.stack = rank, job, folder / f"stack-{rank}"
-        self.done: Done | None = None
+    job: Job
+    done: Done | None
+
+    def __init__(self, n: int, rank: int, folder: Path, earlier: list[_Rank]) -> None:
+        self.rank, self.stack = rank, folder / f"stack-{rank}"
         self.connection, theirs = Pipe()
         self.pid = os.fork()
         if self.pid == 0:
             for each in (self, *earlier):  # else a rank would outlive its parent
                 each.connection.close()
             try:
-                _be(job, rank, folder, theirs)
+                _be(n, rank, folder, theirs)
             finally:
                 os._exit(0)
         theirs.close()
+
+    def start(self, job: Job) -> None:
+        self.job, self.done = job, None
+        with suppress(BrokenPipeError):  # receive() will tell
+            self.connection.send_bytes(msgspec.msgpack.encode(job))
 
     def receive(self) -> None:
         try:
@@ -201,27 +226,28 @@ def _frames(dump: str) -> list[Frame]:
     return [Frame(m[1], int(m[2]), m[3], "") for m in re.finditer(pattern, dump)]
 
 
-def _be(job: Job, rank: int, folder: Path, parent: Connection) -> None:
-    """The life of a rank."""
+def _be(n: int, rank: int, folder: Path, parent: Connection) -> None:
+    """The life of a rank: attempts, until the parent ends it, since others may still need it."""
     stack: TextIO = open(folder / f"stack-{rank}", "w")  # noqa: SIM115 (open as long as we live)
     faulthandler.register(signal.SIGUSR1, file=stack, all_threads=False)
     for name in ("stdout", "stderr"):
         getattr(sys, name).flush()
     torch.set_num_threads(1)
-    try:
-        device = _join(job.n, rank, folder)
-        attempts.use_parts(Path(job.parts))
-        spec = attempts.load(Path(job.spec), Path(job.spec).stem)
-        attempts.forbid(getattr(spec, "WITHOUT", ()))
-        module = attempts.load(Path(job.module)) if job.module else None
-        done, _ = attempts.perform(getattr(spec, job.run), module, job.call, job.seed, device)
-    except (Exception, SystemExit) as error:
-        done = Done(problem=attempts.problem(error, {str(job.module)}, rank))
-    if done.problem:
-        done.problem.rank = rank
-    parent.send_bytes(msgspec.msgpack.encode(done))
-    with suppress(EOFError, OSError):
-        parent.recv_bytes()  # others may still need us: stay until the parent ends us
+    device = ""
+    while job := _receive(parent):
+        try:
+            device = device or _join(n, rank, folder)
+            attempts.use_parts(Path(job.parts))
+            spec = attempts.load(Path(job.spec), Path(job.spec).stem)
+            attempts.forbid(getattr(spec, "WITHOUT", ()))
+            module = attempts.load(Path(job.module)) if job.module else None
+            done, _ = attempts.perform(getattr(spec, job.run), module, job.call, job.seed, device)
+        except (Exception, SystemExit) as error:
+            done = Done(problem=attempts.problem(error, {str(job.module)}, rank))
+        if done.problem:
+            done.problem.rank = rank
+        with suppress(BrokenPipeError):
+            parent.send_bytes(msgspec.msgpack.encode(done))
 
 
 def _join(n: int, rank: int, folder: Path) -> str:
