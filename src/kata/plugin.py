@@ -113,7 +113,7 @@ class Bench:
 
     def _again(self, path: Path, past: Attempted) -> list[Done]:
         if past.ranks:
-            return self._on_ranks(path, past.run, past.call, past.seed, past.ranks, replay=True)
+            return self._on_ranks(path, past.run, past.call, past.seed, past.ranks)
         run = getattr(self.spec, past.run)
         return [attempts.perform(run, self._module(path), past.call, past.seed)[0]]
 
@@ -151,11 +151,9 @@ class Bench:
             self._modules[path] = attempts.load(path)
         return self._modules[path]
 
-    def _on_ranks(
-        self, path: Path, run: str, call: bytes, seed: int, n: int, replay: bool = False
-    ) -> list[Done]:
+    def _on_ranks(self, path: Path, run: str, call: bytes, seed: int, n: int) -> list[Done]:
         spec, parts = str(self.exercise.spec), str(self.parts)
-        job = Job(n, spec, str(path), parts, run, call, seed, replay=replay)
+        job = Job(n, spec, str(path), parts, run, call, seed)
         return self.judge.rank_server.run(job)
 
 

@@ -45,7 +45,6 @@ class Job(msgspec.Struct):
     call: bytes
     seed: int
     limit: float = LIMIT
-    replay: bool = False  # may run on ranks that have replayed something before
 
 
 class RankServer:
@@ -65,12 +64,9 @@ class RankServer:
         theirs.close()
 
     def run(self, job: Job) -> list[Done]:
-        """One result a rank. What fails in used ranks is done again in fresh ones."""
+        """One result a rank."""
         self._connection.send_bytes(msgspec.msgpack.encode(job))
-        done = msgspec.msgpack.decode(self._connection.recv_bytes(), type=list[Done])
-        if job.replay and any(d.problem for d in done):
-            return self.run(msgspec.structs.replace(job, replay=False))
-        return done
+        return msgspec.msgpack.decode(self._connection.recv_bytes(), type=list[Done])
 
     def close(self) -> None:
         """End the server, and with it whatever rank is left."""
@@ -84,28 +80,38 @@ def _serve(requests: Connection) -> None:
     with suppress(ImportError):  # torch does at the first backward, for a second in every rank
         importlib.import_module("torch.fx.experimental.symbolic_shapes")
     gc.freeze()  # else a collection in a rank walks all of torch
-    ranks: list[_Rank] = []
+    teams: dict[int, list[_Rank]] = {}  # by their number: used again, in new process groups
     with tempfile.TemporaryDirectory(prefix="kata-ranks-") as folder:
         try:
-            for job in iter(lambda: _receive(requests), None):
-                if not (job.replay and ranks and len(ranks) == job.n):
+            while job := _receive(requests):
+                ranks = teams.setdefault(job.n, [])
+                done = _attempt(ranks, job, requests, folder) if ranks else None
+                if done is None or any(d.problem for d in done):  # what is odd is tried afresh
                     _end(ranks)
-                    meeting = Path(tempfile.mkdtemp(dir=folder))
+                    others = [each for team in teams.values() for each in team]
                     for rank in range(job.n):
-                        ranks.append(_Rank(job.n, rank, meeting, ranks))
-                for each in ranks:
-                    each.start(job)
-                done = _collect(ranks, job, requests)
+                        ranks.append(_Rank(rank, Path(folder), [*others, *ranks]))
+                    done = _attempt(ranks, job, requests, folder)
                 if done is None:
                     return
-                requests.send_bytes(msgspec.msgpack.encode(done))
-                if not job.replay or any(d.problem for d in done):
+                if any(d.problem for d in done):
                     _end(ranks)
+                requests.send_bytes(msgspec.msgpack.encode(done))
         finally:
-            _end(ranks)
+            for ranks in teams.values():
+                _end(ranks)
+
+
+def _attempt(ranks: list[_Rank], job: Job, requests: Connection, folder: str) -> list[Done] | None:
+    """What comes of a job on some ranks. None if nobody asks any more."""
+    store = tempfile.mktemp(dir=folder)
+    for each in ranks:
+        each.start(job, store)
+    return _collect(ranks, job, requests)
 
 
 def _receive(connection: Connection) -> Job | None:
+    """The next job; None if nobody asks any more."""
     try:
         return msgspec.msgpack.decode(connection.recv_bytes(), type=Job)
     except (EOFError, OSError):
@@ -123,23 +129,23 @@ class _Rank:
     job: Job
     done: Done | None
 
-    def __init__(self, n: int, rank: int, folder: Path, earlier: list[_Rank]) -> None:
-        self.rank, self.stack = rank, folder / f"stack-{rank}"
+    def __init__(self, rank: int, folder: Path, earlier: list[_Rank]) -> None:
+        self.rank, self.stack = rank, Path(tempfile.mktemp(prefix="stack-", dir=folder))
         self.connection, theirs = Pipe()
         self.pid = os.fork()
         if self.pid == 0:
             for each in (self, *earlier):  # else a rank would outlive its parent
                 each.connection.close()
             try:
-                _be(n, rank, folder, theirs)
+                _be(rank, self.stack, theirs)
             finally:
                 os._exit(0)
         theirs.close()
 
-    def start(self, job: Job) -> None:
+    def start(self, job: Job, store: str) -> None:
         self.job, self.done = job, None
         with suppress(BrokenPipeError):  # receive() will tell
-            self.connection.send_bytes(msgspec.msgpack.encode(job))
+            self.connection.send_bytes(msgspec.msgpack.encode((job, store)))
 
     def receive(self) -> None:
         try:
@@ -226,17 +232,17 @@ def _frames(dump: str) -> list[Frame]:
     return [Frame(m[1], int(m[2]), m[3], "") for m in re.finditer(pattern, dump)]
 
 
-def _be(n: int, rank: int, folder: Path, parent: Connection) -> None:
+def _be(rank: int, stack: Path, parent: Connection) -> None:
     """The life of a rank: attempts, until the parent ends it, since others may still need it."""
-    stack: TextIO = open(folder / f"stack-{rank}", "w")  # noqa: SIM115 (open as long as we live)
-    faulthandler.register(signal.SIGUSR1, file=stack, all_threads=False)
+    file: TextIO = open(stack, "w")  # noqa: SIM115 (open as long as we live)
+    faulthandler.register(signal.SIGUSR1, file=file, all_threads=False)
     for name in ("stdout", "stderr"):
         getattr(sys, name).flush()
     torch.set_num_threads(1)
-    device = ""
-    while job := _receive(parent):
+    while True:
+        job, store = msgspec.msgpack.decode(parent.recv_bytes(), type=tuple[Job, str])
         try:
-            device = device or _join(n, rank, folder)
+            device = _join(job.n, rank, store)
             attempts.use_parts(Path(job.parts))
             spec = attempts.load(Path(job.spec), Path(job.spec).stem)
             attempts.forbid(getattr(spec, "WITHOUT", ()))
@@ -246,20 +252,19 @@ def _be(n: int, rank: int, folder: Path, parent: Connection) -> None:
             done = Done(problem=attempts.problem(error, {str(job.module)}, rank))
         if done.problem:
             done.problem.rank = rank
-        with suppress(BrokenPipeError):
-            parent.send_bytes(msgspec.msgpack.encode(done))
+        parent.send_bytes(msgspec.msgpack.encode(done))
 
 
-def _join(n: int, rank: int, folder: Path) -> str:
-    """Enter the process group; returns the device of this rank."""
+def _join(n: int, rank: int, store: str) -> str:
+    """Enter a new process group; returns the device of this rank."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(n), LOCAL_RANK=str(rank))
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-    store = dist.FileStore(  # type: ignore[attr-defined]
-        str(folder / "store"), n
-    )
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    meeting = dist.FileStore(store, n)  # type: ignore[attr-defined]
     if torch.cuda.device_count() >= n:
         torch.cuda.set_device(rank)
-        dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=rank, world_size=n)
+        dist.init_process_group("cpu:gloo,cuda:nccl", store=meeting, rank=rank, world_size=n)
         return f"cuda:{rank}"
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=n)
+    dist.init_process_group("gloo", store=meeting, rank=rank, world_size=n)
     return "cpu"
