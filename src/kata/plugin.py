@@ -80,6 +80,7 @@ class Bench:
         self.record: list[Attempted] = []
         self.report = Report(exercise.stem, str(self.path))
         self._modules: dict[Path, Any] = {}
+        self._versions: dict[Variant | None, Path] = {None: exercise.solution}
         self._worker: Any = None
         attempts.use_parts(self.parts)
         attempts.forbid(getattr(spec, "WITHOUT", ()))
@@ -105,8 +106,9 @@ class Bench:
 
     def replay(self, variant: Variant | None, past: Attempted) -> list[Done]:
         """The same attempt on a known mistake, or on the reference."""
-        exercise = self.exercise
-        path = mistakes.write(exercise, variant) if variant else exercise.solution
+        if variant not in self._versions:
+            self._versions[variant] = mistakes.write(self.exercise, variant)  # type: ignore[arg-type]
+        path = self._versions[variant]
         if max(done.seconds for done in past.done) > KEEP_FROM or past.ranks:
             return self._kept(path, past)
         return self._again(path, past)
