@@ -114,20 +114,20 @@ def from_gguf(path: str | Path) -> Llama:
              without output.weight has a tied head.
     returns: the Llama, whose parameters require gradients
 
-    A file that is not there raises FileNotFoundError. Another architecture (named in the
-    message), a tensor that is missing, and one that the model has no place for, such as
-    rope_freqs.weight (named as well), raise ValueError: a model that is nearly right runs, and
-    talks nonsense.
+    A file that is not there raises FileNotFoundError. ValueError, with the name in question in
+    its message: another architecture; a key of the metadata or a tensor that is missing; a
+    tensor that the model has no place for, such as rope_freqs.weight. A model that is nearly
+    right would run, and talk nonsense.
     """
     raise NotImplementedError("exercise 44 is not written yet")
 
 
-def generate(model: Llama, ids: Tensor, n_new: int, n_pad: Tensor | None = None) -> Tensor:
-    """Continue each text with the likeliest token, n_new times.
+def generate(model: Llama, ids: Tensor, max_new_tokens: int, n_pad: Tensor | None = None) -> Tensor:
+    """Continue each text with the likeliest token, max_new_tokens times.
 
     ids:     (batch, n_prompt) int64
     n_pad:   (batch,) int64, how many of each sequence's first tokens are padding; None: none
-    returns: (batch, n_prompt + n_new) int64, the prompt and what follows
+    returns: (batch, n_prompt + max_new_tokens) int64, the prompt and what follows
 
     No gradient is recorded. Each token passes through the layers once, the last one not at all,
     and of the prompt's tokens only the last one is scored.

@@ -133,10 +133,10 @@ def from_gguf(path: str | Path) -> Llama:
              without output.weight has a tied head.
     returns: the Llama, whose parameters require gradients
 
-    A file that is not there raises FileNotFoundError. Another architecture (named in the
-    message), a tensor that is missing, and one that the model has no place for, such as
-    rope_freqs.weight (named as well), raise ValueError: a model that is nearly right runs, and
-    talks nonsense.
+    A file that is not there raises FileNotFoundError. ValueError, with the name in question in
+    its message: another architecture; a key of the metadata or a tensor that is missing; a
+    tensor that the model has no place for, such as rope_freqs.weight. A model that is nearly
+    right would run, and talk nonsense.
     """
     # solution
     reader = gguf.GGUFReader(path)
@@ -176,23 +176,23 @@ def from_gguf(path: str | Path) -> Llama:
     return model
 
 
-def generate(model: Llama, ids: Tensor, n_new: int, n_pad: Tensor | None = None) -> Tensor:
-    """Continue each text with the likeliest token, n_new times.
+def generate(model: Llama, ids: Tensor, max_new_tokens: int, n_pad: Tensor | None = None) -> Tensor:
+    """Continue each text with the likeliest token, max_new_tokens times.
 
     ids:     (batch, n_prompt) int64
     n_pad:   (batch,) int64, how many of each sequence's first tokens are padding; None: none
-    returns: (batch, n_prompt + n_new) int64, the prompt and what follows
+    returns: (batch, n_prompt + max_new_tokens) int64, the prompt and what follows
 
     No gradient is recorded. Each token passes through the layers once, the last one not at all,
     and of the prompt's tokens only the last one is scored.
     """
     # solution
     config, weight = model.config, model.token_embd.weight
-    room = (ids.shape[0], config.n_kv_heads, ids.shape[1] + n_new, config.head_dim)
+    room = (ids.shape[0], config.n_kv_heads, ids.shape[1] + max_new_tokens, config.head_dim)
     caches = [KVCache(*room, weight.dtype, weight.device) for _ in model.blk]
     new = ids
     with torch.no_grad():
-        for _ in range(n_new):
+        for _ in range(max_new_tokens):
             new = model(new, caches, n_pad, last_only=True)[:, -1].argmax(-1, keepdim=True)
             ids = torch.cat((ids, new), dim=1)
     return ids

