@@ -15,11 +15,15 @@ from kata.report import Detail, Report, SpecReport
 
 MARKS = {"passed": ("✓", "green"), "failed": ("✗", "red"), "unwritten": ("○", "yellow"),
          "skipped": ("–", "dim")}  # fmt: skip
+LINES_MORE = 20  # what a verdict has besides a line for each spec
 INSTALL = re.compile(r"No module named '([\w.]+)'")
 
 
 def show(report: Report, exercise: Exercise, console: Console, next_one: str = "") -> None:
-    """Print the verdict: every spec by its sentence, the first failure in full."""
+    """Print the verdict: every spec by its sentence, the first failure in full.
+
+    A terminal that is too low for that gets a count of those that pass and of the last that fail.
+    """
     console.print(_head(report, exercise))
     if report.error:
         console.print(_indent(_explain(report.error)))
@@ -28,10 +32,17 @@ def show(report: Report, exercise: Exercise, console: Console, next_one: str = "
         console.print(_indent(_unwritten(report, exercise)))
         return
     first = next((s for s in report.specs if s.status == "failed"), None)
-    for spec in report.specs:
-        console.print(_line(spec))
+    shown, room = report.specs, max(3, console.height - LINES_MORE)
+    low = first is not None and console.is_terminal and len(shown) > room
+    if low:
+        shown = [s for s in shown if s.status != "passed"][:room]
+    for spec in shown:
+        console.print(_line(spec), no_wrap=low, overflow="ellipsis" if low else None)
         if spec is first:
             console.print(_indent(_failure(report, spec), 4))
+    folded = [s.status for s in report.specs if s not in shown]
+    for status in sorted(set(folded)):
+        console.print(Text.assemble(" ", MARKS[status], f" {folded.count(status)} more {status}"))
     if report.state == "passed":
         console.print(_passed(exercise, next_one))
     elif report.state != "skipped":
