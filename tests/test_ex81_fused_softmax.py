@@ -180,7 +180,7 @@ def test_gives_minus_infinity_no_weight(attempt, rng, device, block_size):
     assert_close(out, torch.softmax(x, -1))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("block_size", [None, 16])
 def test_keeps_the_dtype_of_its_input(attempt, rng, device, dtype, block_size):
     x = randn(rng, 2, 37, device=device).to(dtype)
@@ -288,7 +288,7 @@ def test_rejects_a_block_size_that_is_not_a_power_of_two(attempt, rng, device):
         attempt(soften, x, 12)
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64])
 def test_rejects_a_dtype_that_it_would_not_compute_in(attempt, device, dtype):
     x = torch.ones(2, 5, dtype=dtype, device=device)
 

@@ -48,6 +48,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     option("--naming-limit", "seconds to find the known mistake", type=float, default=10.0)
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """What a sentence says of a parameter: `float32`, `2x3`, `n_heads=4`."""
+    if isinstance(val, torch.dtype):
+        return str(val).removeprefix("torch.")
+    if isinstance(val, (tuple, list)) and val and all(isinstance(n, int) for n in val):
+        return "x".join(map(str, val))
+    if val is None or isinstance(val, (bool, int, float)):
+        return f"{argname}={val}"
+    return None
+
+
 def prepare_environment() -> None:
     """What must be set before JAX or Triton is imported, wherever the specs are started from."""
     flags = os.environ.get("XLA_FLAGS", "")

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from kata import catalog, verdict
 from kata.plugin import JUDGE
+from kata.report import SpecReport
 
 pytest_plugins = ["pytester"]
 
@@ -62,6 +63,15 @@ swap = [["2 * x", "x * x"]]
 [[accept]]
 says = "Adds it to itself."
 swap = [["2 * x", "x + x"]]
+"""
+
+
+PARAMETERS = """
+@pytest.mark.parametrize("n", [4])
+@pytest.mark.parametrize("shape", [(2, 3)])
+@pytest.mark.parametrize("dtype", [torch.float16])
+def test_works(attempt, dtype, shape, n):
+    attempt(double, torch.ones(shape, dtype=dtype))
 """
 
 
@@ -326,6 +336,28 @@ def test_narrow_terminals_lose_no_words(small):
 
     words = small.read(report, width=40).split()
     assert words == small.read(report, width=200).split()
+
+
+def test_a_low_terminal_counts_what_it_has_no_room_for(small):
+    _, report = small.submit("return 3 * x")
+    report.specs += [
+        SpecReport(f"test_more_{n}", s) for n in range(9) for s in ("passed", "failed")
+    ]
+
+    console = Console(file=io.StringIO(), width=40, height=24, force_terminal=True)
+    verdict.show(report, small.exercise, console)
+    lines = console.file.getvalue().splitlines()
+
+    assert len(lines) <= 24
+    assert "7 more failed" in lines[-3] and "10 more passed" in lines[-2]
+
+
+def test_a_sentence_says_which_parameters_it_is_about(small):
+    small.exercise.spec.write_text(SPEC + PARAMETERS)
+
+    _, report = small.submit("return x + x")
+
+    assert report.specs[-1].sentence == "works (float16-2x3-n=4)"
 
 
 def test_a_swap_whose_text_is_not_there_once_names_file_and_text(small):
