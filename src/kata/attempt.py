@@ -136,7 +136,7 @@ def perform(
         call = wire.encode((args, kwargs))
     start = time.perf_counter()
     try:
-        with _seeded(seed), _forbidding() as reached:
+        with _seeded(seed), _forbidding(run.__globals__.get("WITHOUT", ())) as reached:
             result = run(module, *args, **kwargs)
         done = Done(wire.encode(result), seconds=time.perf_counter() - start)
     except (Exception, SystemExit) as error:
@@ -252,21 +252,22 @@ def rebuilt(problem: Problem) -> Exception:
 
 # --- WITHOUT: the library's own version ----------------------------------------------------------
 
-_reached: list[str] | None = None  # during an attempt: what it reached
+_forbidden: Sequence[str] = ()  # during an attempt: what its spec file forbids
+_reached: list[str] = []  # and what the attempt reached of it
 
 
 @contextmanager
-def _forbidding() -> Iterator[list[str]]:
-    global _reached
-    before, _reached = _reached, []
+def _forbidding(names: Sequence[str]) -> Iterator[list[str]]:
+    global _forbidden, _reached
+    before, (_forbidden, _reached) = (_forbidden, _reached), (names, [])
     try:
         yield _reached
     finally:
-        _reached = before
+        _forbidden, _reached = before
 
 
 def forbid(names: Sequence[str]) -> None:
-    """Make each dotted name fail when an attempt reaches it.
+    """Make each dotted name fail when an attempt of a spec that lists it reaches it.
 
     A module that is not imported yet is passed over.
     """
@@ -289,7 +290,7 @@ def _resolve(dotted: str) -> Any:
 
 def _guard(name: str, original: Any) -> Any:
     def guarded(*args: Any, **kwargs: Any) -> Any:
-        if _reached is not None:
+        if name in _forbidden:
             _reached.append(f"{name} is what this exercise asks you to write; do without it")
             raise Reached(_reached[0])
         return original(*args, **kwargs)

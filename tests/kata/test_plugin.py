@@ -66,6 +66,16 @@ swap = [["2 * x", "x + x"]]
 """
 
 
+OTHER = """
+import torch
+
+def add(ex, x):
+    return ex.add(x)
+
+def test_adds_a_tensor_to_itself(attempt):
+    attempt(add, torch.ones(2))
+"""
+
 PARAMETERS = """
 @pytest.mark.parametrize("n", [4])
 @pytest.mark.parametrize("shape", [(2, 3)])
@@ -207,6 +217,18 @@ def test_forbidden_help_is_noticed_even_if_the_complaint_is_swallowed(small):
     """)
 
     assert report.specs[0].detail.kind == "reached"
+
+
+def test_what_one_exercise_forbids_is_free_to_the_next(small):
+    for floor in ("exercises", "solutions"):
+        (small.root / floor / "ex06_adding.py").write_text(
+            "import torch\n\ndef add(x):\n    return torch.add(x, x)\n"
+        )
+    (small.root / "tests/test_ex06_adding.py").write_text(OTHER)
+
+    result, _ = small.submit("return 2 * x", "-k", "adds or doubles")
+
+    result.assert_outcomes(passed=2)
 
 
 def test_an_exception_shows_the_learners_frames_only(small):
