@@ -159,7 +159,7 @@ def test_gives_the_same_however_a_row_falls_into_blocks(
 
 @pytest.mark.parametrize("block_size", [None, 4])
 def test_stays_finite_and_exact_for_large_values(attempt, rng, device, block_size):
-    centre = torch.tensor([-1e4, -200.0, 200.0, 1e4], device=device)
+    centre = torch.tensor([-1e5, -200.0, 200.0, 1e5], device=device)
     x = centre[:, None] + randn(rng, 4, 13, device=device)
 
     out = attempt(soften, x, block_size)

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
 import msgspec
@@ -16,7 +17,8 @@ from kata.server import Job, WarmServer
 ROOT = Path(__file__).parents[2]
 EVERY = catalog.exercises(ROOT)
 
-# A fresh process that judges without a fork; only ranks come from one that it began with.
+# A fresh process that judges one after the other without a fork; only ranks come from one that it
+# began with.
 COLD = """
 import sys, msgspec
 from kata.ranks import RankServer
@@ -58,20 +60,30 @@ def jobs_of(exercise: catalog.Exercise) -> list[Job]:
     return [claim.job for claim in claims if claim.says.startswith(("the stub", "rejects"))]
 
 
+def in_two_processes(jobs: dict[str, list[Job]]) -> dict[str, list[Report]]:
+    """Verdicts by exercise, made in two cold processes, each with every second exercise."""
+    halves = [{stem: jobs[stem] for stem in sorted(jobs)[i::2]} for i in (0, 1)]
+    with ThreadPoolExecutor(2) as pool:
+        told = list(pool.map(lambda half: judged_cold([*chain(*half.values())]), halves))
+    return {
+        stem: [report for report in reports if report.stem == stem]
+        for half, reports in zip(halves, told, strict=True)
+        for stem in half
+    }
+
+
 @pytest.fixture(scope="module")
 def cold():
-    """What will be judged in cold processes, two at a time."""
-    with ThreadPoolExecutor(2) as pool:
-        yield {e.stem: pool.submit(judged_cold, jobs_of(e)) for e in EVERY}
+    """What cold processes say of the stubs and mistakes."""
+    return in_two_processes({e.stem: jobs_of(e) for e in EVERY})
 
 
 @pytest.fixture(scope="module")
 def isolated():
-    """The references, judged in workers, two at a time."""
-    options = ["--isolate"]
-    jobs = {e: Job(str(ROOT), e.stem, str(e.solution), options) for e in EVERY}
-    with ThreadPoolExecutor(2) as pool:
-        yield {e.stem: pool.submit(judged_cold, [job]) for e, job in jobs.items()}
+    """What is said of the references, judged in workers."""
+    return in_two_processes(
+        {e.stem: [Job(str(ROOT), e.stem, str(e.solution), ["--isolate"])] for e in EVERY}
+    )
 
 
 def essence(report: Report) -> object:
@@ -89,12 +101,12 @@ def test_warm_and_cold_verdicts_are_equal(exercise, cold):
 
     assert warm[0].state == "unwritten"
     assert {report.state for report in warm[1:]} == {"failed"}
-    assert [essence(r) for r in cold[exercise.stem].result()] == [essence(r) for r in warm]
+    assert [essence(r) for r in cold[exercise.stem]] == [essence(r) for r in warm]
 
 
 @pytest.mark.parametrize("exercise", EVERY, ids=lambda e: e.stem)
 def test_every_spec_passes_in_a_worker_that_holds_no_answers(exercise, isolated):
-    (report,) = isolated[exercise.stem].result()
+    (report,) = isolated[exercise.stem]
 
     assert report.state == "passed", [s for s in report.specs if s.status == "failed"]
 

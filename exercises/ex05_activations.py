@@ -1,0 +1,77 @@
+"""Exercise 05: activations.
+
+Between two linear layers stands a function that bends: without it, they would be one
+linear layer. Each of these lets large numbers pass and holds small ones back. They differ
+in how softly they do it:
+
+    relu(x)       = max(x, 0)
+    gelu(x)       = x Φ(x)      Φ: how much of the normal distribution lies below x
+    gelu_tanh(x)  = ½ x (1 + tanh(√(2/π) (x + 0.044715 x³)))      close to gelu, and cheaper
+    silu(x)       = x σ(x)      σ(x) = 1 / (1 + exp(−x)), the sigmoid
+    swiglu(x)     = silu(gate) · value      gate and value are the two halves of x
+
+For all of them: any shape, also empty; float32 or float64, and the result has the same
+dtype. NaN gives NaN, so that a fault shows. For numbers as large as ±10⁶ the results are
+right, and nothing overflows on the way (NumPy would warn of that).
+
+Source: Hendrycks & Gimpel 2016, "Gaussian Error Linear Units", section 2,
+    https://arxiv.org/abs/1606.08415; Shazeer 2020, "GLU Variants Improve Transformer",
+    eq. 5, https://arxiv.org/abs/2002.05202
+"""
+
+import math
+
+import numpy as np
+
+
+def erf(x: np.ndarray) -> np.ndarray:
+    """Given, as NumPy has none: the error function of each element. Φ(x) = ½ (1 + erf(x/√2))."""
+    return np.vectorize(math.erf, otypes=[x.dtype])(x)
+
+
+def relu(x: np.ndarray) -> np.ndarray:
+    """Keep what is positive and put 0 for the rest.
+
+    x:       (...) float32 or float64
+    returns: same shape and dtype, here and below
+    """
+    raise NotImplementedError("exercise 05 is not written yet")
+
+
+def gelu(x: np.ndarray) -> np.ndarray:
+    """Multiply each number by the share of the normal distribution that lies below it."""
+    raise NotImplementedError("exercise 05 is not written yet")
+
+
+def gelu_tanh(x: np.ndarray) -> np.ndarray:
+    """Approximate gelu by a tanh, as GPT-2 does."""
+    raise NotImplementedError("exercise 05 is not written yet")
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    """Multiply each number by its sigmoid."""
+    raise NotImplementedError("exercise 05 is not written yet")
+
+
+def swiglu(x: np.ndarray) -> np.ndarray:
+    """Multiply the second half of the features by the silu of the first.
+
+    x:       (..., 2 · d_ff), the gate in the first half of the last axis, the value in the second
+    returns: (..., d_ff)
+
+    An odd length of the last axis raises ValueError, and the message holds that length.
+    """
+    raise NotImplementedError("exercise 05 is not written yet")
+
+
+def gelu_grad(x: np.ndarray) -> np.ndarray:
+    """Give the slope of gelu at each number: d gelu(x) / dx.
+
+    The slope of Φ is the density of the normal distribution, exp(−x²/2) / √(2π).
+    """
+    raise NotImplementedError("exercise 05 is not written yet")
+
+
+def silu_grad(x: np.ndarray) -> np.ndarray:
+    """Give the slope of silu at each number: d silu(x) / dx."""
+    raise NotImplementedError("exercise 05 is not written yet")

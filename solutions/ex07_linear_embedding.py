@@ -1,0 +1,107 @@
+"""Exercise 07: linear layers, embeddings and dropout.
+
+What goes into a transformer, but for attention and norms, is little more than this:
+
+    linear(x)     = x Wᵀ + b       every output feature is a weighted sum of the inputs
+    embedding(t)  = W[t]           token t stands for row t of a table
+    tied_logits   = x Wᵀ           the same table again, to score every token at the end
+    dropout(x)    = x · mask / (1 − p)       each number is dropped with probability p
+
+A sum of n products of numbers around 1 is around √n. So that a fresh layer neither blows
+up nor shrinks what it gets, its weights start at random with a spread of 1 / √n, where n
+is how many products are summed.
+
+Source: LeCun et al. 1998, "Efficient BackProp", section 4.6 (spread),
+    http://yann.lecun.com/exdb/publis/pdf/lecun-98b.pdf; Srivastava et al. 2014, "Dropout",
+    https://jmlr.org/papers/v15/srivastava14a.html; Press & Wolf 2017, "Using the Output
+    Embedding to Improve Language Models" (tying), https://arxiv.org/abs/1608.05859
+"""
+
+import math
+
+import numpy as np
+
+
+def init_linear(
+    in_features: int, out_features: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw the weight of a linear layer, and make its bias.
+
+    rng:     the only source of chance, here and below: who seeds it gets the same again
+    returns: weight (out_features, in_features) float32, from a normal distribution with
+             mean 0 and standard deviation 1 / √in_features;
+             bias (out_features,) float32, zeros
+    """
+    # solution
+    weight = rng.standard_normal((out_features, in_features), np.float32)
+    return weight / math.sqrt(in_features), np.zeros(out_features, np.float32)
+
+
+def init_embedding(vocab_size: int, d_model: int, rng: np.random.Generator) -> np.ndarray:
+    """Draw the table of an embedding.
+
+    returns: weight (vocab_size, d_model) float32, from a normal distribution with mean 0 and
+             standard deviation 1 / √d_model, which suits the sums of tied_logits
+    """
+    # solution
+    return rng.standard_normal((vocab_size, d_model), np.float32) / math.sqrt(d_model)
+
+
+def linear(x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
+    """Make every output feature a weighted sum of the input features.
+
+    x:       (..., in_features) float32 or float64
+    weight:  (out_features, in_features) same dtype: row i has the weights of output i
+    bias:    (out_features,) same dtype, added at the end, or None
+    returns: (..., out_features) same dtype
+    """
+    # solution
+    y = x @ weight.T
+    return y if bias is None else y + bias
+
+
+def embedding(tokens: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Look up the row of each token.
+
+    tokens:  (...) int64, in 0 … vocab_size − 1
+    weight:  (vocab_size, d_model)
+    returns: (..., d_model) dtype of weight
+
+    Any other token, a negative one too, raises IndexError, and the message holds that token.
+    """
+    # solution
+    bad = tokens[(tokens < 0) | (tokens >= len(weight))]
+    if bad.size:  # NumPy would count a negative one from the end of the table
+        raise IndexError(f"a token must lie in 0 … {len(weight) - 1}, got {bad[0]}")
+    return weight[tokens]
+
+
+def tied_logits(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Score every token by how well its row of the embedding fits x.
+
+    x:       (..., d_model) float32 or float64
+    weight:  (vocab_size, d_model) same dtype, the very table of `embedding`
+    returns: (..., vocab_size) same dtype, logits
+    """
+    # solution
+    return linear(x, weight)
+
+
+def dropout(x: np.ndarray, p: float, rng: np.random.Generator, training: bool = True) -> np.ndarray:
+    """Replace each number by 0 with probability p, and scale up the others.
+
+    x:       (...) float32 or float64
+    p:       float from 0 up to, but not including, 1
+    returns: same shape and dtype as x. In training each element is 0 or x / (1 − p), so that
+             its mean over many draws is x. Every element at every call has its own draw.
+
+    Without training, x comes out as it is, and nothing is drawn from rng. A p below 0, or
+    of 1 or more, raises ValueError, and the message holds p.
+    """
+    # solution
+    if not 0 <= p < 1:
+        raise ValueError(f"p must be at least 0 and less than 1, got {p}")
+    if not training:
+        return x
+    kept = rng.random(x.shape) >= p
+    return x * kept / (1 - p)

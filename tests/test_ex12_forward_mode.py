@@ -1,0 +1,294 @@
+"""Specs for exercise 12: forward mode."""
+
+import math
+from contextlib import suppress
+from warnings import catch_warnings
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import functional as oracle
+from torch.utils.flop_counter import FlopCounterMode
+
+from kata.testing import assert_close
+
+# What torch imports at the first tangent, for half a second.
+with suppress(ImportError), catch_warnings(action="ignore"):
+    import torch._decomp.decompositions_for_jvp
+
+pytestmark = pytest.mark.cpu
+
+WITHOUT = [
+    *(f"torch.func.{name}" for name in ("jacfwd", "jacrev", "hessian")),
+    *(f"torch.autograd.functional.{name}" for name in ("jvp", "hvp", "vhp", "jacobian", "hessian")),
+]
+
+# --- Dual ---------------------------------------------------------------------------------------
+
+EXPRESSIONS = {
+    "sums": lambda a, b: a + b + 2 + a,
+    "products": lambda a, b: a * b * 3 + b * b,
+    "powers": lambda a, b: a**3 + b**-2 + a**1 + (b * b) ** 0.5,
+    "powers at 0": lambda a, b: (a - a) ** 2 + (b - b) ** 1,
+    "exp and tanh": lambda a, b: (a * b).exp() + a.tanh() * b.tanh(),
+    "numbers on the left": lambda a, b: 2 + a + (3 - b) + 4 * a + 5 / b,
+    "given operations": lambda a, b: (a - b) / b + -a,
+}
+
+
+def carry(ex, expression, numbers, tangents):
+    """What an expression gives for two Duals."""
+    pairs = zip(numbers, tangents, strict=True)
+    y = EXPRESSIONS[expression](*(ex.Dual(number, tangent) for number, tangent in pairs))
+    return [y.value, y.tangent]
+
+
+def saturate(ex, number):
+    y = ex.Dual(number, 1.0).tanh()
+    return [y.value, y.tangent]
+
+
+def still(ex, number):
+    """A Dual made of one number, and what comes of it."""
+    x = ex.Dual(number)
+    y = x.exp() * x + 3
+    return [y.value, y.tangent]
+
+
+def compare(ex, a, b):
+    """All comparisons of a Dual with a Dual (or with a number), as a row of 0 and 1."""
+    a = ex.Dual(*a)
+    b = ex.Dual(*b) if isinstance(b, tuple) else b
+    return "".join(str(int(x)) for x in (a < b, a <= b, a == b, a != b, a >= b, a > b))
+
+
+def branches(ex, number):
+    """A program with branches and a loop: Newton's way to a root, and its slope."""
+    x = ex.Dual(number, 1.0)
+    root = x if x > 1 else x * 0 + 1
+    while abs(root * root - x) > 1e-13:
+        root = (root + x / root) * 0.5
+    largest = max(root, ex.Dual(1.5, 100.0))
+    return [root.value, root.tangent, largest.value, largest.tangent]
+
+
+def by_torch(expression, numbers, tangents):
+    """The same in torch: the slopes by a walk back, times the tangents."""
+    leaves = [torch.tensor(n, dtype=torch.float64, requires_grad=True) for n in numbers]
+    y = EXPRESSIONS[expression](*leaves)
+    slopes = torch.autograd.grad(y, leaves, materialize_grads=True)
+    tangent = sum(s * t for s, t in zip(slopes, tangents, strict=True))
+    return [y.item(), tangent.item()]
+
+
+numbers = st.tuples(st.floats(-2, 2), st.sampled_from([-1.5, -0.4, 0.7, 2.0]))
+tangents = st.tuples(st.floats(-3, 3), st.floats(-3, 3))
+
+
+@given(expression=st.sampled_from(list(EXPRESSIONS)), numbers=numbers, tangents=tangents)
+@settings(max_examples=40)
+def test_dual_carries_the_slope_along_any_direction(attempt, expression, numbers, tangents):
+    out = attempt(carry, expression, numbers, tangents)
+
+    assert_close(out, by_torch(expression, numbers, tangents))
+
+
+def test_dual_multiplies_by_the_product_rule(attempt):
+    out = attempt(carry, "products", (2.0, 5.0), (1.0, 10.0))
+
+    assert_close(out, [55.0, 5 * 3 * 1.0 + 2 * 3 * 10.0 + 2 * 5 * 10.0])
+
+
+def test_dual_survives_tanh_of_large_numbers(attempt):
+    for number in (-400.0, 400.0):
+        assert_close(attempt(saturate, number), [math.copysign(1, number), 0.0])
+
+
+def test_dual_does_not_move_unless_told_to(attempt):
+    out = attempt(still, 2.0)
+
+    assert_close(out, [2 * math.exp(2) + 3, 0.0])
+
+
+@pytest.mark.parametrize("b", [(1.0, 5.0), (2.0, 3.0), (2.0, 9.0), (3.0, 0.0), 2.0, 2.5], ids=str)
+def test_dual_compares_by_value_alone(attempt, b):
+    out = attempt(compare, (2.0, 5.0), b)
+
+    value = b[0] if isinstance(b, tuple) else b
+    expected = {-1: "000111", 0: "011010", 1: "110100"}[(value > 2.0) - (value < 2.0)]
+    assert out == expected, f"<, <=, ==, !=, >=, > gave {out}, expected {expected}"
+
+
+def test_dual_follows_a_program_with_branches_and_a_loop(attempt):
+    for number in (0.25, 5.0):
+        root = math.sqrt(number)
+
+        out = attempt(branches, number)
+
+        largest = [root, 0.5 / root] if root > 1.5 else [1.5, 100.0]
+        assert_close(out, [root, 0.5 / root, *largest])
+
+
+# --- tensors ------------------------------------------------------------------------------------
+
+
+class network:
+    """tanh(x w₁) w₂, which counts its calls. With `ends_in_a_number`, the sum of the squares."""
+
+    def __init__(self, w1, w2, ends_in_a_number=False):
+        self.w1, self.w2, self.ends_in_a_number, self.calls = w1, w2, ends_in_a_number, 0
+
+    def __call__(self, x):
+        self.calls += 1
+        y = Watched.apply(x @ self.w1).tanh() @ self.w2
+        return y.square().sum() if self.ends_in_a_number else y
+
+
+class Watched(torch.autograd.Function):
+    """Changes nothing, and counts how often something walks back through it."""
+
+    generate_vmap_rule = True
+    walks_back = 0
+
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return tangent.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        Watched.walks_back += 1
+        return grad.clone()
+
+
+def bent(x):
+    """Takes another branch for other values, and no matrix product."""
+    return torch.cat([x.flatten() ** 3, x.exp().sum(0)]) if x.sum() > 0 else x.sin().sum(1)
+
+
+def jvp(ex, x, v, *weights):
+    return ex.jvp(network(*weights) if weights else bent, x, v)
+
+
+def jvp_costs(ex, x, v, *weights):
+    f, before = network(*weights), Watched.walks_back
+    ex.jvp(f, x, v)
+    return {"calls": f.calls, "walks back": Watched.walks_back - before}
+
+
+def hvp(ex, x, v, *weights):
+    return ex.hvp(network(*weights, ends_in_a_number=True), x, v)
+
+
+def hvp_costs(ex, x, v, *weights):
+    f = network(*weights, ends_in_a_number=True)
+    with FlopCounterMode(display=False) as counter:
+        ex.hvp(f, x, v)
+    return {"calls": f.calls, "flops": counter.get_total_flops()}
+
+
+def jacobian(ex, x, *weights):
+    return ex.jacobian_forward(network(*weights) if weights else bent, x)
+
+
+def jacobian_costs(ex, x, *weights):
+    f, before = network(*weights), Watched.walks_back
+    with FlopCounterMode(display=False) as counter:
+        ex.jacobian_forward(f, x)
+    flops = counter.get_total_flops()
+    return {"calls": f.calls, "flops": flops, "walks back": Watched.walks_back - before}
+
+
+def randn(rng, *shapes):
+    return [torch.randn(shape, generator=rng, dtype=torch.float64) for shape in shapes]
+
+
+def contract(jacobian, v):
+    return (jacobian * v).flatten(jacobian.dim() - v.dim()).sum(-1)
+
+
+def test_jvp_gives_the_result_and_the_jacobian_times_v(attempt, rng):
+    x, v, *weights = randn(rng, (2, 3), (2, 3), (3, 5), (5, 4))
+    for x in (x, x.mT.contiguous().mT + 1):  # noqa: B020
+        out = attempt(jvp, x, v, *weights)
+
+        f = network(*weights)
+        assert_close(out, (f(x), contract(oracle.jacobian(f, x), v)))
+
+
+def test_jvp_follows_the_branch_of_the_values(attempt, rng):
+    x, v = randn(rng, (2, 3), (2, 3))
+    for x in (x.abs(), -x.abs()):  # noqa: B020
+        out = attempt(jvp, x, v)
+
+        assert_close(out, (bent(x), contract(oracle.jacobian(bent, x), v)))
+
+
+def test_jvp_costs_one_forward_run_and_no_walk_back(attempt, rng):
+    costs = attempt(jvp_costs, *randn(rng, (2, 3), (2, 3), (3, 5), (5, 4)))
+
+    assert_close(costs, {"calls": 1, "walks back": 0})
+
+
+def test_jvp_rejects_a_direction_of_another_shape(attempt, rng):
+    x, *weights = randn(rng, (2, 3), (3, 5), (5, 4))
+
+    for shape in ((3,), (2, 1), (3, 2), ()):
+        with pytest.raises(ValueError, match="shape"):
+            attempt(jvp, x, torch.ones(shape, dtype=x.dtype), *weights)
+
+
+def test_hvp_multiplies_the_hessian_by_v(attempt, rng):
+    x, v, *weights = randn(rng, (2, 3), (2, 3), (3, 5), (5, 4))
+
+    out = attempt(hvp, x, v, *weights)
+
+    f = network(*weights, ends_in_a_number=True)
+    assert_close(out, contract(oracle.hessian(f, x), v))
+
+
+def test_hvp_never_pays_for_the_whole_hessian(attempt, rng):
+    x, v, *weights = randn(rng, (4, 5), (4, 5), (5, 6), (6, 3))
+
+    costs = attempt(hvp_costs, x, v, *weights)
+
+    forward = 2 * 4 * (5 * 6 + 6 * 3)  # floating point operations of f(x)
+    assert costs["calls"] == 1, f"f is called {costs['calls']} times"
+    assert costs["flops"] <= 8 * forward, f"costs {costs['flops'] / forward:g} × f(x)"
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (1, 3), (4, 3)], ids=str)
+def test_jacobian_has_the_axes_of_the_result_and_then_those_of_x(attempt, rng, shape):
+    x, *weights = randn(rng, shape, (3, 5), (5, 2))
+
+    out = attempt(jacobian, x, *weights)
+
+    assert_close(out, oracle.jacobian(network(*weights), x))
+
+
+def test_jacobian_takes_any_function_and_any_precision(attempt, rng):
+    (x,) = randn(rng, (2, 3))
+    for x in (x.abs(), -x.abs().float()):  # noqa: B020
+        out = attempt(jacobian, x)
+
+        assert_close(out, oracle.jacobian(bent, x))
+
+
+def test_jacobian_costs_one_forward_run_for_each_input_and_no_walk_back(attempt, rng):
+    x, *weights = randn(rng, (1, 3), (3, 5), (5, 20))  # 3 inputs, 20 results
+
+    costs = attempt(jacobian_costs, x, *weights)
+
+    forward = 2 * (3 * 5 + 5 * 20)  # floating point operations of f(x)
+    assert costs["calls"] <= 3, f"f is called {costs['calls']} times for 3 inputs"
+    # The counter takes a tangent for two products, the one with the weight's zero tangent too.
+    assert costs["flops"] <= 3 * 3 * forward, f"costs {costs['flops'] / forward:g} × f(x)"
+    assert costs["walks back"] == 0, f"walks back {costs['walks back']} times"

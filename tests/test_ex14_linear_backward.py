@@ -1,0 +1,239 @@
+"""Specs for exercise 14: a linear layer, backward."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import grad, gradcheck, gradgradcheck
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from kata.testing import assert_close
+
+pytestmark = pytest.mark.cpu
+
+WITHOUT = ["torch.nn.functional.linear", "torch.nn.functional.bilinear"]
+
+NAMES = ("x", "weight", "bias")
+
+
+class oracle:
+    """PyTorch's own function under the name of the exercise."""
+
+    class Linear:
+        @staticmethod
+        def apply(x, weight, bias):
+            return F.linear(x, weight, bias)
+
+
+def linear(ex, x, weight, bias, grad_y, wanted=NAMES):
+    """The result, and the gradients that are wanted."""
+    inputs = require(x, weight, bias, wanted)
+    y = ex.Linear.apply(*inputs.values())
+    return y, *grad(y, [inputs[name] for name in wanted], grad_y)
+
+
+def linear_summed(ex, x, weight, bias):
+    """The gradients of the plain sum of the result: all incoming ones are one number in memory."""
+    inputs = require(x, weight, bias, NAMES)
+    return grad(ex.Linear.apply(*inputs.values()).sum(), list(inputs.values()))
+
+
+def linear_twice(ex, x, weight, bias, grad_y, directions):
+    """All gradients along directions, differentiated by x, weight and grad_y."""
+    inputs = require(x, weight, bias, NAMES)
+    y = ex.Linear.apply(*inputs.values())
+    grads = grad(y, list(inputs.values()), grad_y.requires_grad_(), create_graph=True)
+    return grad(grads, [x, weight, grad_y], directions, materialize_grads=True)
+
+
+def linear_keeps(ex, x, weight, bias, wanted):
+    """The bytes that the graph keeps alive, by what they are."""
+    inputs = require(x, weight, bias, wanted)
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = ex.Linear.apply(*inputs.values())
+    for kept in vars(y.grad_fn).values():
+        if isinstance(kept, torch.Tensor):
+            saved[kept.untyped_storage().data_ptr()] = kept.untyped_storage().nbytes()
+    of = {name: saved.pop(t.untyped_storage().data_ptr(), 0) for name, t in inputs.items()}
+    return of | {"others": sum(saved.values())}
+
+
+def linear_costs(ex, x, weight, bias, grad_y, wanted):
+    """The floating point operations of backward."""
+    inputs = require(x, weight, bias, wanted)
+    y = ex.Linear.apply(*inputs.values())
+    with FlopCounterMode(display=False) as counter:
+        grad(y, [inputs[name] for name in wanted], grad_y)
+    return counter.get_total_flops()
+
+
+class Largest(TorchDispatchMode):
+    """The size of the largest memory that any operation made."""
+
+    def __init__(self):
+        super().__init__()
+        self.nbytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.nbytes = max(self.nbytes, result.untyped_storage().nbytes())
+        return result
+
+
+def linear_makes(ex, x, weight, bias, grad_y):
+    """The bytes of the largest tensor that backward makes."""
+    inputs = require(x, weight, bias, NAMES)
+    y = ex.Linear.apply(*inputs.values())
+    with Largest() as largest:
+        grad(y, list(inputs.values()), grad_y)
+    return largest.nbytes
+
+
+def changed_on_the_way(ex, x, weight, bias, grad_y, name):
+    """The gradients after one input was changed between forward and backward, or "refused"."""
+    inputs = require(x, weight, bias, NAMES)
+    y = ex.Linear.apply(*inputs.values())
+    with torch.no_grad():
+        inputs[name].mul_(2)
+    try:
+        return grad(y, list(inputs.values()), grad_y)
+    except RuntimeError:
+        return "refused"
+
+
+def check(ex, x, weight, bias):
+    inputs = tuple(require(x, weight, bias, NAMES).values())
+    return gradcheck(ex.Linear.apply, inputs), gradgradcheck(ex.Linear.apply, inputs)
+
+
+def require(x, weight, bias, wanted):
+    inputs = dict(zip(NAMES, (x, weight, bias), strict=True))
+    for name in wanted:
+        inputs[name].requires_grad_()
+    return inputs
+
+
+def layer(rng, *leading, d_in=5, d_out=4):
+    """Random x, weight, bias, and a gradient of y. All sizes differ."""
+    shapes = (*leading, d_in), (d_out, d_in), (d_out,), (*leading, d_out)
+    return [torch.randn(shape, generator=rng, dtype=torch.float64) for shape in shapes]
+
+
+@given(leading=st.lists(st.integers(0, 3), max_size=3), seed=st.integers(0, 999))
+@settings(max_examples=15)
+def test_finds_all_gradients_for_any_leading_dimensions(attempt, leading, seed):
+    rng = torch.Generator().manual_seed(seed)
+    x, weight, bias, grad_y = layer(rng, *leading, d_in=2 + seed % 3)
+
+    out = attempt(linear, x, weight, bias, grad_y)
+
+    assert_close(out, linear(oracle, x, weight, bias, grad_y))
+
+
+def test_agrees_with_finite_differences_twice(attempt, rng):
+    x, weight, bias, _ = layer(rng, 2, 3, d_in=3, d_out=2)
+
+    assert attempt(check, x, weight, bias) == (True, True)
+
+
+def test_works_without_a_bias(attempt, rng):
+    x, weight, _, grad_y = layer(rng, 2, 3)
+
+    out = attempt(linear, x, weight, None, grad_y, ("x", "weight"))
+
+    assert_close(out, linear(oracle, x, weight, None, grad_y, ("x", "weight")))
+
+
+def test_takes_inputs_and_gradients_of_any_memory_layout(attempt, rng):
+    x, weight, bias, grad_y = layer(rng, 2, 3)
+    x, grad_y = (t.transpose(0, 1).contiguous().transpose(0, 1) for t in (x, grad_y))
+    weight = weight.mT.contiguous().mT
+
+    out = attempt(linear, x, weight, bias, grad_y)
+    summed = attempt(linear_summed, x, weight, bias)
+
+    assert_close(out, linear(oracle, x, weight, bias, grad_y))
+    assert_close(summed, linear_summed(oracle, x, weight, bias))
+
+
+@pytest.mark.parametrize(
+    "wanted", [("x",), ("weight",), ("bias",), ("x", "bias"), NAMES], ids=", ".join
+)
+def test_keeps_only_what_the_wanted_gradients_need(attempt, rng, wanted):
+    x, weight, bias, _ = layer(rng, 2, 3)
+
+    kept = attempt(linear_keeps, x, weight, bias, wanted)
+
+    needed = {"x": x.nbytes * ("weight" in wanted), "weight": weight.nbytes * ("x" in wanted)}
+    assert_close(kept, needed | {"bias": 0, "others": 0})
+
+
+@pytest.mark.parametrize(
+    "wanted", [("x",), ("weight",), ("bias",), ("x", "weight"), NAMES], ids=", ".join
+)
+def test_pays_one_matrix_product_for_each_gradient_that_is_wanted(attempt, rng, wanted):
+    x, weight, bias, grad_y = layer(rng, 2, 3)
+
+    flops = attempt(linear_costs, x, weight, bias, grad_y, wanted)
+
+    product = 2 * x.numel() * len(weight)  # one multiplication and one addition for each term
+    allowed = product * (("x" in wanted) + ("weight" in wanted))
+    allowed += 2 * grad_y.numel() * ("bias" in wanted)  # its sum may be a product with ones
+    assert flops <= allowed, f"{flops} operations where {allowed} are enough"
+
+
+def test_makes_no_tensor_larger_than_the_largest_it_was_given(attempt, rng):
+    x, weight, bias, grad_y = layer(rng, 6, 2)
+
+    largest = attempt(linear_makes, x, weight, bias, grad_y)
+
+    allowed = max(x.nbytes, weight.nbytes, grad_y.nbytes)
+    assert largest <= allowed, f"makes a tensor of {largest} bytes where {allowed} are enough"
+
+
+def test_gives_second_derivatives(attempt, rng):
+    x, weight, bias, grad_y = layer(rng, 2, 3)
+    directions = [torch.randn(t.shape, generator=rng, dtype=t.dtype) for t in (x, weight, bias)]
+
+    seconds = attempt(linear_twice, x, weight, bias, grad_y, directions)
+
+    assert_close(seconds, linear_twice(oracle, x, weight, bias, grad_y, directions))
+
+
+@pytest.mark.parametrize("name", ["x", "weight"])
+def test_refuses_backward_after_what_it_kept_was_changed(attempt, rng, name):
+    x, weight, bias, grad_y = layer(rng, 2, 3)
+
+    out = attempt(changed_on_the_way, x, weight, bias, grad_y, name, may_change=True)
+
+    assert_close(out, "refused")
+
+
+def test_rejects_an_input_of_another_width(attempt, rng):
+    _, weight, bias, grad_y = layer(rng, 2, 3)
+    x = torch.ones(2, 3, 6, dtype=torch.float64)
+
+    with pytest.raises(ValueError, match=r"\b6\b"):
+        attempt(linear, x, weight, bias, grad_y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keeps_the_dtype_of_its_inputs(attempt, rng, dtype):
+    x, weight, bias, grad_y = (t.to(dtype) for t in layer(rng, 2, 3))
+
+    out = attempt(linear, x, weight, bias, grad_y)
+
+    wide = [t.double() for t in (x, weight, bias, grad_y)]
+    # Sums of up to seven products of about 3 × 3, rounded at each step at worst.
+    tolerance = 32 * torch.finfo(dtype).eps
+    assert_close(out, [t.to(dtype) for t in linear(oracle, *wide)], atol=tolerance)

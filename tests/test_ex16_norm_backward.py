@@ -1,0 +1,231 @@
+"""Specs for exercise 16: RMSNorm and LayerNorm, backward."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import grad, gradcheck
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kata.testing import assert_close
+
+pytestmark = pytest.mark.cpu
+
+WITHOUT = [
+    f"{place}.{name}"
+    for place in ("torch", "torch.nn.functional")
+    for name in ("layer_norm", "rms_norm", "native_layer_norm", "batch_norm", "group_norm")
+]
+
+NAMES = {"RMSNorm": ["x", "weight"], "LayerNorm": ["x", "weight", "bias"]}
+
+both = pytest.mark.parametrize("norm", NAMES)
+
+
+class oracle:
+    """PyTorch's own functions under the names of the exercise."""
+
+    class RMSNorm:
+        @staticmethod
+        def apply(x, weight, eps):
+            return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+    class LayerNorm:
+        @staticmethod
+        def apply(x, weight, bias, eps):
+            return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def gradients(ex, norm, inputs, grad_y, eps=1e-5):
+    """The result and the gradients of all inputs."""
+    inputs = [x.requires_grad_() for x in inputs]
+    y = getattr(ex, norm).apply(*inputs, eps)
+    return y, *grad(y, inputs, grad_y)
+
+
+def keeps(ex, norm, inputs):
+    """The bytes that the graph keeps alive, besides x and weight."""
+    inputs = [x.requires_grad_() for x in inputs]
+    saved, on_ctx = {}, {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = getattr(ex, norm).apply(*inputs, 1e-5)
+    for kept in vars(y.grad_fn).values():
+        if isinstance(kept, torch.Tensor):
+            on_ctx[kept.untyped_storage().data_ptr()] = kept.untyped_storage().nbytes()
+    for tensor in inputs[:2]:
+        saved.pop(tensor.untyped_storage().data_ptr(), 0)
+    return {"saved": sum(saved.values()), "on ctx": sum(on_ctx.values())}
+
+
+class Made(TorchDispatchMode):
+    """How many numbers all operations made together."""
+
+    def __init__(self):
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.numbers += result.numel() if isinstance(result, torch.Tensor) else 0
+        return result
+
+
+def costs(ex, norm, inputs, grad_y, wanted):
+    """How many numbers backward makes for the gradients that are wanted."""
+    wanted = [inputs[i].requires_grad_() for i in wanted]
+    y = getattr(ex, norm).apply(*inputs, 1e-5)
+    with Made() as made:
+        grad(y, wanted, grad_y)
+    return made.numbers
+
+
+def twice(ex, norm, inputs, direction):
+    """The gradient of the squared result along a direction, differentiated, or "refused"."""
+    inputs = [x.requires_grad_() for x in inputs]
+    y = getattr(ex, norm).apply(*inputs, 1e-5)
+    (grad_x,) = grad(y.square().sum(), inputs[:1], create_graph=True)
+    try:
+        grad_x.backward(direction)
+    except RuntimeError:
+        return "refused"
+    return [x.grad for x in inputs[:2]]
+
+
+def check(ex, norm, inputs, eps):
+    return gradcheck(getattr(ex, norm).apply, (*(x.requires_grad_() for x in inputs), eps))
+
+
+def layer(rng, norm, *leading, d_model=5):
+    """Random inputs, and a gradient of y. All sizes differ."""
+    shapes = [(*leading, d_model), (d_model,), (d_model,)][: len(NAMES[norm])]
+    inputs = [torch.randn(shape, generator=rng, dtype=torch.float64) for shape in shapes]
+    return inputs, torch.randn(*leading, d_model, generator=rng, dtype=torch.float64)
+
+
+@given(
+    norm=st.sampled_from(list(NAMES)),
+    leading=st.lists(st.integers(0, 3), max_size=3),
+    seed=st.integers(0, 999),
+)
+@settings(max_examples=20)
+def test_find_all_gradients_for_any_leading_dimensions(attempt, norm, leading, seed):
+    rng = torch.Generator().manual_seed(seed)
+    inputs, grad_y = layer(rng, norm, *leading, d_model=2 + seed % 4)
+
+    out = attempt(gradients, norm, inputs, grad_y)
+
+    assert_close(out, gradients(oracle, norm, inputs, grad_y))
+
+
+@both
+def test_agree_with_finite_differences(attempt, rng, norm):
+    inputs, _ = layer(rng, norm, 2, 3)
+
+    assert attempt(check, norm, inputs, 0.1) is True
+
+
+@both
+@pytest.mark.parametrize("eps", [0.5, 1e-6])
+def test_add_eps_under_the_root(attempt, rng, norm, eps):
+    inputs, grad_y = layer(rng, norm, 4)
+    inputs[0][1] = 0  # here eps is all there is
+    inputs[0][2] *= 1e-3
+
+    out = attempt(gradients, norm, inputs, grad_y, eps)
+
+    assert_close(out, gradients(oracle, norm, inputs, grad_y, eps))
+
+
+def test_layer_norm_loses_no_digits_on_rows_far_from_zero(attempt, rng):
+    inputs, grad_y = layer(rng, "LayerNorm", 4)
+    near = [x.clone() for x in inputs]
+    near[0] = (near[0] * 2**20).round() / 2**20  # so that nothing is rounded when it moves
+    far = [near[0] + 2.0**20, *near[1:]]
+
+    out = attempt(gradients, "LayerNorm", far, grad_y)
+
+    # The mean itself is rounded to about 2⁻³³, a share of 10⁻¹⁰ of the numbers around it.
+    assert_close(out, gradients(oracle, "LayerNorm", near, grad_y))
+
+
+@both
+def test_take_inputs_and_gradients_of_any_memory_layout(attempt, rng, norm):
+    inputs, grad_y = layer(rng, norm, 2, 3)
+    inputs[0] = inputs[0].transpose(0, 1).contiguous().transpose(0, 1)
+    grad_y = grad_y[:1, :1].expand(2, 3, 5)
+
+    out = attempt(gradients, norm, inputs, grad_y)
+
+    assert_close(out, gradients(oracle, norm, inputs, grad_y))
+
+
+@both
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_compute_in_float32_and_round_once(attempt, rng, norm, dtype):
+    inputs, grad_y = layer(rng, norm, 1, 2, d_model=7)
+    scales = (300.0, 8.0, 8.0)  # float16 holds no square of x and no product of grad_y and weight
+    inputs = [
+        (scale * (x.sign() + x / 4)).to(dtype) for x, scale in zip(inputs, scales, strict=False)
+    ]
+    grad_y = (9e3 * grad_y.sign() * (1 + grad_y.abs().clamp(max=3) / 9)).to(dtype)
+
+    out = attempt(gradients, norm, inputs, grad_y)
+
+    expected = gradients(oracle, norm, [x.double() for x in inputs], grad_y.double())
+    assert_close([x.dtype for x in out], [dtype] * len(expected))
+    for rounded, exact in zip(out, expected, strict=True):
+        # The last rounding moves a number by half a step. Those of float32 before it are a few
+        # parts in 10⁷ of the terms of a sum, which are about as large as its largest result.
+        fine = 64 * torch.finfo(torch.float32).eps * exact.abs().max().item()
+        assert_close(rounded.double(), exact, rtol=0.5001 * torch.finfo(dtype).eps, atol=fine)
+
+
+@both
+def test_keep_x_and_weight_and_two_numbers_a_row(attempt, rng, norm):
+    inputs, _ = layer(rng, norm, 6, d_model=40)
+
+    kept = attempt(keeps, norm, [x.half() for x in inputs])
+
+    assert kept["saved"] <= 2 * 6 * 8, f"keeps {kept['saved']} bytes besides x and weight"
+    assert kept["on ctx"] <= 64, f"keeps {kept['on ctx']} bytes on ctx, past save_for_backward"
+
+
+@both
+def test_do_no_work_for_gradients_that_are_not_wanted(attempt, rng, norm):
+    inputs, grad_y = layer(rng, norm, 6, d_model=40)
+    every = list(range(len(inputs)))
+
+    of_all = attempt(costs, norm, inputs, grad_y, every)
+
+    for left_out in every:
+        fewer = [i for i in every if i != left_out]
+        name = NAMES[norm][left_out]
+        of_fewer = attempt(costs, norm, inputs, grad_y, fewer)
+        assert of_fewer < of_all, f"makes {of_fewer} numbers with or without the gradient of {name}"
+
+
+@both
+def test_give_no_silently_wrong_second_derivative(attempt, rng, norm):
+    inputs, direction = layer(rng, norm, 2, 3)
+
+    seconds = attempt(twice, norm, inputs, direction)
+
+    expected = twice(oracle, norm, inputs, direction)
+    assert_close(seconds, "refused" if isinstance(seconds, str) else expected)
+
+
+@both
+@pytest.mark.parametrize("shape", [(1,), (4,), (3, 5)], ids=str)
+def test_reject_a_weight_that_is_not_of_a_rows_shape(attempt, rng, norm, shape):
+    inputs, grad_y = layer(rng, norm, 3)
+    inputs[1] = torch.ones(shape, dtype=torch.float64)
+
+    with pytest.raises(ValueError, match="shape"):
+        attempt(gradients, norm, inputs, grad_y)
