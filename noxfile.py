@@ -151,7 +151,7 @@ def proof(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """All that CI runs: lint, all specs on the solutions, some of the proof, the runner's tests."""
     lint(session)
-    kata(session, "proof", "--most", "6")  # all of it takes longer than one waits for a test
+    kata(session, "proof", "--most", "4")  # all of it takes longer than one waits for a test
     pytest(session, "tests/kata")
 
 

@@ -223,7 +223,8 @@ def their_name(name):
 
 def llama(sizes, weights):
     """The same model in transformers."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.models.llama.configuration_llama import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
     config = LlamaConfig(
         vocab_size=sizes["vocab_size"],
@@ -427,7 +428,8 @@ def file_of_smollm2():
 
 def llama_of_transformers(path):
     """What from_pretrained(folder, gguf_file=…) gives, which would want accelerate as well."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.models.llama.configuration_llama import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     # The first model only lends its parameters' names.

@@ -184,7 +184,7 @@ def test_agrees_with_diffusers(attempt, rng, schedule):
     out = attempt(sample, x_0, t, betas, noise)
 
     pytest.importorskip("diffusers")
-    from diffusers import DDPMScheduler
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 
     name = {"linear": "linear", "cosine": "squaredcos_cap_v2"}[schedule]
     oracle = DDPMScheduler(num_train_timesteps=1000, beta_schedule=name)

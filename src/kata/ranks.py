@@ -30,8 +30,13 @@ from kata.attempt import Done, Problem
 from kata.report import Frame
 
 LIMIT = 30.0  # seconds for an attempt
-STILL = 1.5  # seconds without any work on any rank: they wait for each other
+POLL = 0.1  # seconds between two looks at the ranks
+STILL = 10  # looks without any work on any rank in between: they wait for each other
+STILL_AFTER_FAILURE = 2  # the same once a rank has failed
 GRACE = 0.5  # seconds for the others once a rank has failed
+
+
+JOINED = b""  # what a rank sends before its result
 
 
 class Job(msgspec.Struct):
@@ -86,7 +91,9 @@ def _serve(requests: Connection) -> None:
             while job := _receive(requests):
                 ranks = teams.setdefault(job.n, [])
                 done = _attempt(ranks, job, requests, folder) if ranks else None
-                if done is None or any(d.problem for d in done):  # what is odd is tried afresh
+                if not all(each.joined for each in ranks):  # the attempt before left something
+                    done = None
+                if done is None:
                     _end(ranks)
                     others = [each for team in teams.values() for each in team]
                     for rank in range(job.n):
@@ -127,6 +134,7 @@ class _Rank:
     """A forked rank, seen from its parent."""
 
     job: Job
+    joined: bool  # whether it has entered the process group
     done: Done | None
 
     def __init__(self, rank: int, folder: Path, earlier: list[_Rank]) -> None:
@@ -143,13 +151,17 @@ class _Rank:
         theirs.close()
 
     def start(self, job: Job, store: str) -> None:
-        self.job, self.done = job, None
+        self.job, self.joined, self.done = job, False, None
         with suppress(BrokenPipeError):  # receive() will tell
             self.connection.send_bytes(msgspec.msgpack.encode((job, store)))
 
     def receive(self) -> None:
         try:
-            self.done = msgspec.msgpack.decode(self.connection.recv_bytes(), type=Done)
+            sent = self.connection.recv_bytes()
+            if sent == JOINED:
+                self.joined = True
+            else:
+                self.done = msgspec.msgpack.decode(sent, type=Done)
         except EOFError:
             _, status = os.waitpid(self.pid, 0)
             self.pid = 0
@@ -199,27 +211,27 @@ class _Rank:
 def _collect(ranks: list[_Rank], job: Job, requests: Connection) -> list[Done] | None:
     """Wait for all, or until waiting has no sense. None if nobody asks any more."""
     end = time.monotonic() + job.limit
-    seen, still_since = "", time.monotonic()
+    seen, still, limit = "", 0, STILL
     why = f"not done after {job.limit:g} s"
     while waiting := [r for r in ranks if r.done is None]:
-        now = time.monotonic()
-        if now > end:
+        if time.monotonic() > end:
             break
-        work = " ".join(r.cpu_time() for r in waiting)
-        if work != seen:
-            seen, still_since = work, now
-        elif now - still_since > STILL:
-            why = "the ranks wait for each other"
-            break
-        ready = wait([requests, *(r.connection for r in waiting)], timeout=0.1)
+        ready = wait([requests, *(r.connection for r in waiting)], timeout=POLL)
         if requests in ready:
             return None
         for rank in waiting:
             if rank.connection in ready:
                 rank.receive()
                 if rank.done and rank.done.problem:
-                    end = min(end, time.monotonic() + GRACE)
+                    end, limit = min(end, time.monotonic() + GRACE), STILL_AFTER_FAILURE
                     why = f"rank {rank.rank} failed"
+        work = " ".join(r.cpu_time() for r in waiting)
+        # Looks are counted, not seconds: the whole machine may have been asleep.
+        still = still + 1 if work == seen and not ready else 0
+        seen = work
+        if still >= limit:
+            why = why if limit == STILL_AFTER_FAILURE else "the ranks wait for each other"
+            break
     for rank in ranks:
         if rank.done is None:
             rank.done = rank.stuck(why)
@@ -243,6 +255,7 @@ def _be(rank: int, stack: Path, parent: Connection) -> None:
         job, store = msgspec.msgpack.decode(parent.recv_bytes(), type=tuple[Job, str])
         try:
             device = _join(job.n, rank, store)
+            parent.send_bytes(JOINED)
             attempts.use_parts(Path(job.parts))
             spec = attempts.load(Path(job.spec), Path(job.spec).stem)
             attempts.forbid(getattr(spec, "WITHOUT", ()))

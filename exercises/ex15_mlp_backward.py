@@ -1,0 +1,56 @@
+"""Exercise 15: a two-layer MLP, backward.
+
+The hidden layer of an MLP is its largest tensor, usually four times as wide as its input.
+Autograd keeps it twice, before and after the GELU, until the backward pass. One node that
+keeps its inputs alone, and computes the hidden layer again when it is needed, spends one more
+matrix product and saves all of that:
+
+    h = x W₁ᵀ + b₁          a = gelu(h) = h Φ(h)          y = x + a W₂ᵀ + b₂
+    gelu′(h) = Φ(h) + h φ(h)
+
+Φ(h) = (1 + erf(h/√2)) / 2 is the normal distribution function, φ(h) = exp(−h²/2) / √(2π) its
+density.
+
+Source: Hendrycks and Gimpel 2016, "Gaussian Error Linear Units", https://arxiv.org/abs/1606.08415
+    Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost",
+    https://arxiv.org/abs/1604.06174
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import FunctionCtx
+
+
+class MLP(Function):
+    """The MLP with its residual, as one node: `y = MLP.apply(x, w1, b1, w2, b2)`.
+
+    x, y: (..., d_model) floating point; any number of leading dimensions, or none
+    w1:   (d_ff, d_model)
+    b1:   (d_ff,)
+    w2:   (d_model, d_ff)
+    b2:   (d_model,)
+
+    Kept for backward are inputs alone, through ctx.save_for_backward. Forward makes two
+    matrix products and backward five, of d_model · d_ff multiplications for each row. A second
+    derivative is right, or refused with a RuntimeError (`once_differentiable` of
+    torch.autograd.function does that); it is never silently wrong.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
+    ) -> Tensor:
+        """Return y; keep on ctx what backward needs.
+
+        Weights that do not fit x and each other raise ValueError.
+        """
+        raise NotImplementedError("exercise 15 is not written yet")
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_y: Tensor) -> tuple[Tensor, ...]:
+        """Return the gradients of x, w1, b1, w2 and b2, given that of y."""
+        raise NotImplementedError("exercise 15 is not written yet")

@@ -1,0 +1,170 @@
+"""Exercise 17: optimizers.
+
+A gradient says which way is down, but not how far to go. SGD trusts its length, and momentum
+its history; Adam divides by its usual size, so that each number moves by about lr whatever
+its scale. With g the gradient of a parameter θ, and λ the weight decay:
+
+    SGD       g ← g + λ θ          b ← momentum · b + g
+              θ ← θ − lr · b       Nesterov:  θ ← θ − lr · (g + momentum · b)
+
+    Adam      g ← g + λ θ          m ← β₁ m + (1 − β₁) g          m̂ = m / (1 − β₁ᵗ)
+                                   v ← β₂ v + (1 − β₂) g²         v̂ = v / (1 − β₂ᵗ)
+              θ ← θ − lr · m̂ / (√v̂ + eps)
+
+    AdamW     θ ← θ − lr · λ θ     then Adam's step, with the gradient as it is
+
+b, m and v start at 0; t counts the steps of this parameter and is 1 in the first.
+
+Source: Kingma and Ba 2015, "Adam", algorithm 1, https://arxiv.org/abs/1412.6980
+    Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization", algorithm 2,
+    https://arxiv.org/abs/1711.05101
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Optimizer:
+    """What all optimizers share: groups of parameters, and a state for each parameter.
+
+    params:       tensors; or groups, dicts with "params" and any options of their own
+    options:      what holds for a group that says nothing else
+    param_groups: list of dicts, each with "params" and all options. A schedule may change
+                  an option between two steps, and the next step goes by the new one
+    state:        one dict for each parameter, which update fills as it likes
+    """
+
+    def __init__(self, params: Iterable[Any], **options: Any) -> None:
+        groups = list(params)  # model.parameters() can be read only once
+        if groups and isinstance(groups[0], Tensor):
+            groups = [{"params": groups}]
+        self.param_groups = [options | g | {"params": list(g["params"])} for g in groups]
+        self.state: dict[Tensor, dict[str, Any]] = defaultdict(dict)
+
+    def zero_grad(self) -> None:
+        """Forget all gradients: every .grad becomes None."""
+        # solution
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.grad = None
+
+    def step(self) -> None:
+        """Update every parameter in place, by its gradient and the options of its group.
+
+        A parameter whose .grad is None stays as it is: no momentum, no decay, no step
+        counted. The gradients stay as they are, and autograd records nothing.
+        """
+        # solution
+        with torch.no_grad():
+            for group in self.param_groups:
+                for param in group["params"]:
+                    if param.grad is not None:
+                        self.update(param, param.grad, self.state[param], group)
+
+    def update(
+        self, param: Tensor, grad: Tensor, state: dict[str, Any], options: dict[str, Any]
+    ) -> None:
+        """Move one parameter, in place. `step` calls it; each optimizer writes its own."""
+        raise NotImplementedError(f"{type(self).__name__} has no update")
+
+
+class SGD(Optimizer):
+    """Gradient descent, with momentum where a group asks for it.
+
+    nesterov=True without a momentum above 0, in any group, raises ValueError at once.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(
+            params, lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay
+        )
+        # solution
+        for group in self.param_groups:
+            if group["nesterov"] and group["momentum"] <= 0:
+                raise ValueError(
+                    f"nesterov needs a momentum above 0, got {group['momentum']}: "
+                    "give one, or leave nesterov off"
+                )
+
+    def update(
+        self, param: Tensor, grad: Tensor, state: dict[str, Any], options: dict[str, Any]
+    ) -> None:
+        """Move one parameter by the rule of SGD."""
+        # solution
+        lr, momentum = options["lr"], options["momentum"]
+        grad = grad + options["weight_decay"] * param
+        # Not in place: the first buffer would be the caller's own gradient.
+        state["b"] = momentum * state.get("b", 0.0) + grad
+        param -= lr * (grad + momentum * state["b"] if options["nesterov"] else state["b"])
+
+
+class Adam(Optimizer):
+    """Steps of about lr in every direction. Weight decay is added to the gradient."""
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+
+    def update(
+        self, param: Tensor, grad: Tensor, state: dict[str, Any], options: dict[str, Any]
+    ) -> None:
+        """Move one parameter by the rule of Adam."""
+        # solution
+        beta1, beta2 = options["betas"]
+        grad = grad + options["weight_decay"] * param
+        state["t"] = t = state.get("t", 0) + 1
+        state["m"] = beta1 * state.get("m", 0.0) + (1 - beta1) * grad
+        state["v"] = beta2 * state.get("v", 0.0) + (1 - beta2) * grad**2
+        # m and v start at 0, and after t steps their weights sum to 1 − βᵗ only.
+        m_hat = state["m"] / (1 - beta1**t)
+        v_hat = state["v"] / (1 - beta2**t)
+        param -= options["lr"] * m_hat / (v_hat.sqrt() + options["eps"])
+
+
+class AdamW(Adam):
+    """Adam with decoupled weight decay: each step takes the share lr · λ of the parameter."""
+
+    def update(
+        self, param: Tensor, grad: Tensor, state: dict[str, Any], options: dict[str, Any]
+    ) -> None:
+        """Move one parameter by the rule of AdamW."""
+        # solution
+        # Past m and v: divided by √v̂, a decay would shrink where gradients are large.
+        param -= options["lr"] * options["weight_decay"] * param
+        super().update(param, grad, state, options | {"weight_decay": 0.0})
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Split a model's parameters into those that decay and those that do not.
+
+    returns: two groups, each with "params" and "weight_decay". The first decays at
+             weight_decay and holds every parameter of two or more dimensions: matrices,
+             embeddings, kernels. The second, at 0.0, holds the rest: biases and the
+             weights of norms, where small is no simpler than large
+
+    A parameter that is tied in several places is held once, a frozen one (requires_grad
+    False) not at all. Either list may be empty.
+    """
+    # solution
+    params = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in params if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0},
+    ]

@@ -1,0 +1,209 @@
+"""Specs for exercise 17: optimizers."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from kata.testing import assert_close
+
+pytestmark = pytest.mark.cpu
+
+WITHOUT = ["torch.optim.SGD", "torch.optim.Adam", "torch.optim.AdamW"]
+
+# name: optimizer, the options of all, those of the second group
+CASES = {
+    "sgd": ("SGD", {"lr": 0.02, "weight_decay": 0.3}, {"lr": 0.005}),
+    "sgd with momentum": ("SGD", {"lr": 0.01, "momentum": 0.9}, {"momentum": 0.5}),
+    "nesterov": (
+        "SGD",
+        {"lr": 0.01, "momentum": 0.9, "nesterov": True, "weight_decay": 0.2},
+        {"momentum": 0.6, "weight_decay": 0.0},
+    ),
+    "adam": ("Adam", {"lr": 0.05}, {"betas": (0.6, 0.95), "lr": 0.02}),
+    "adam with decay": (
+        "Adam",
+        {"lr": 0.03, "betas": (0.8, 0.9), "weight_decay": 0.4},
+        {"eps": 0.1, "weight_decay": 0.1},
+    ),
+    "adamw": (
+        "AdamW",
+        {"lr": 0.05, "betas": (0.85, 0.97), "weight_decay": 0.4},
+        {"lr": 0.02, "weight_decay": 0.0},
+    ),
+}
+NAMES = ("SGD", "Adam", "AdamW")
+
+
+def terrain(params, t):
+    """A valley with bumps: Rosenbrock's function through all numbers, and a cosine of each.
+
+    Of the four tensors the third takes part from step 12 on, the fourth in two steps of three.
+    """
+    a, b, c, d = params
+    used = [a, b] + [c] * (t >= 12) + [d] * (t % 3 > 0)
+    x = torch.cat([p.flatten() for p in used])
+    valley = (4 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum()
+    return valley + (3 * x).cos().sum()
+
+
+def starts(rng):
+    """Four tensors; two have the same shape, so that a state they share goes unnoticed."""
+    shapes = ((3, 2), (3, 2), (5,), ())
+    return [torch.rand(s, generator=rng, dtype=torch.float64) * 2 - 1 for s in shapes]
+
+
+# --- run on the code under test ------------------------------------------------------------------
+
+
+def descend(ex, name, options, own, starts, n_steps):
+    """All numbers after each step. The second group has options of its own, and lr falls once."""
+    params = [start.clone().requires_grad_() for start in starts]
+    groups = [{"params": params[::2]}, {"params": params[1::2], **own}]
+    optimizer = getattr(ex, name)(groups, **options)
+    path = []
+    for t in range(n_steps):
+        optimizer.zero_grad()
+        terrain(params, t).backward()
+        optimizer.step()
+        path.append(torch.cat([p.detach().flatten() for p in params]))
+        if t == 35:
+            for group in optimizer.param_groups:
+                group["lr"] *= 0.5
+    return torch.stack(path)
+
+
+def steps_on(ex, name, options, start, grad, n_steps):
+    """Where n steps lead that all have the same gradient, and the gradient after them."""
+    param = start.clone().requires_grad_()
+    param.grad = grad.clone()
+    optimizer = getattr(ex, name)([param], **options)
+    for _ in range(n_steps):
+        optimizer.step()
+    return param, param.grad
+
+
+def train_a_layer(ex, name, options, weights, x):
+    """A layer's output, and what the layer holds, after two steps on model.parameters()."""
+    layer = nn.Linear(3, 2, bias=False, dtype=torch.float64)
+    layer.weight.data.copy_(weights)
+    parameter = layer.weight
+    optimizer = getattr(ex, name)(layer.parameters(), **options)
+    for _ in range(2):
+        optimizer.zero_grad()
+        layer(x).square().sum().backward()
+        optimizer.step()
+    return {
+        "output": layer(x),
+        "same parameter": layer.weight is parameter,
+        "a leaf": layer.weight.is_leaf and layer.weight.requires_grad,
+    }
+
+
+def gradients_forgotten(ex, name, options, grads):
+    """The gradients of parameters in two groups, after zero_grad."""
+    params = [torch.zeros_like(g).requires_grad_() for g in grads]
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad.clone()
+    optimizer = getattr(ex, name)([{"params": params[:1]}, {"params": params[1:]}], **options)
+    optimizer.zero_grad()
+    return [param.grad for param in params]
+
+
+def split(ex, weight_decay):
+    """The decay and the parameters' names of each group, for a model of many kinds of them."""
+    model = nn.ModuleDict(
+        {
+            "wte": nn.Embedding(7, 4),
+            "conv": nn.Conv1d(4, 4, 3),
+            "norm": nn.LayerNorm(4),
+            "frozen": nn.Linear(4, 4).requires_grad_(False),
+            "scale": nn.PReLU(4),
+            "head": nn.Linear(4, 7),
+        }
+    )
+    model["head"].weight = model["wte"].weight
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = ex.decay_groups(model, weight_decay)
+    return [(g["weight_decay"], sorted(names[id(p)] for p in g["params"])) for g in groups]
+
+
+# --- specs ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_walks_the_path_that_torch_walks(attempt, rng, case):
+    name, options, own = CASES[case]
+    start = starts(rng)
+
+    path = attempt(descend, name, options, own, start, 52)
+
+    assert_close(path, descend(torch.optim, name, options, own, start, 52))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_leaves_the_gradients_as_they_were(attempt, rng, name):
+    options = {"lr": 0.1, "weight_decay": 0.2} | ({"momentum": 0.7} if name == "SGD" else {})
+    start, grad = (torch.randn(4, generator=rng, dtype=torch.float64) for _ in range(2))
+
+    results = attempt(steps_on, name, options, start, grad, 3)
+
+    assert_close(results, steps_on(torch.optim, name, options, start, grad, 3))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_moves_the_parameters_that_the_model_holds(attempt, rng, name):
+    weights = torch.randn(2, 3, generator=rng, dtype=torch.float64)
+    x = torch.randn(5, 3, generator=rng, dtype=torch.float64)
+    options = {"lr": 0.01, "weight_decay": 0.0}
+
+    trained = attempt(train_a_layer, name, options, weights, x)
+
+    assert_close(trained, train_a_layer(torch.optim, name, options, weights, x))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forgets_the_gradients_of_all_groups(attempt, rng, name):
+    grads = [torch.randn(n, generator=rng) for n in (2, 3, 4)]
+
+    left = attempt(gradients_forgotten, name, {"lr": 0.1}, grads)
+
+    assert left == [None, None, None]
+
+
+@given(exponent=st.integers(-12, 6), seed=st.integers(0, 999))
+@settings(max_examples=10)
+def test_adam_begins_with_steps_of_lr_whatever_the_scale_of_the_gradient(attempt, exponent, seed):
+    rng = torch.Generator().manual_seed(seed)
+    grad = torch.rand(3, generator=rng, dtype=torch.float64) + 0.5
+    grad *= torch.tensor([1.0, -1.0, 1e3], dtype=torch.float64) * 10.0**exponent
+
+    param, _ = attempt(steps_on, "Adam", {"lr": 0.25}, torch.zeros_like(grad), grad, 1)
+
+    # m̂ is g and √v̂ is |g|. Only a gradient as small as eps makes a smaller step.
+    assert_close(param, -0.25 * grad / (grad.abs() + 1e-8))
+
+
+def test_adamw_decays_at_the_same_rate_whatever_the_gradient(attempt, rng):
+    start = torch.randn(4, generator=rng, dtype=torch.float64)
+    options = {"lr": 0.1, "weight_decay": 0.3}
+
+    param, _ = attempt(steps_on, "AdamW", options, start, torch.zeros_like(start), 5)
+
+    assert_close(param, start * (1 - 0.1 * 0.3) ** 5)
+
+
+def test_lets_matrices_decay_but_no_biases_and_norms(attempt):
+    groups = attempt(split, 0.25)
+
+    decaying = ["conv.weight", "wte.weight"]
+    others = ["conv.bias", "head.bias", "norm.bias", "norm.weight", "scale.weight"]
+    assert_close(groups, [(0.25, decaying), (0.0, others)])
+
+
+def test_rejects_nesterov_without_momentum(attempt, rng):
+    options = {"lr": 0.1, "momentum": 0.9, "nesterov": True}
+
+    with pytest.raises(ValueError, match="momentum"):
+        attempt(descend, "SGD", options, {"momentum": 0.0}, starts(rng), 1)
