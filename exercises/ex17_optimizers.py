@@ -67,7 +67,8 @@ class Optimizer:
 class SGD(Optimizer):
     """Gradient descent, with momentum where a group asks for it.
 
-    nesterov=True without a momentum above 0, in any group, raises ValueError at once.
+    nesterov=True without a momentum above 0, in any group, raises ValueError at once, which
+    says what the momentum was.
     """
 
     def __init__(

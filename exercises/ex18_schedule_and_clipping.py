@@ -35,7 +35,8 @@ def warmup_cosine(step: int, max_lr: float, min_lr: float, n_warmup: int, n_step
     n_steps:  number of all steps
 
     Warming up begins above 0, at max_lr / (n_warmup + 1), whatever min_lr is. Fewer than
-    n_warmup + 2 steps, which leave no room for the peak and the end, raise ValueError.
+    n_warmup + 2 steps, which leave no room for the peak and the end, raise ValueError,
+    which says what n_steps was.
     """
     raise NotImplementedError("exercise 18 is not written yet")
 

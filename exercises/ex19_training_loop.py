@@ -108,7 +108,8 @@ class Trainer:
     schedule:    gives the learning rate of all groups for a step, counted from 0
     max_norm:    the longest norm of all gradients together; None for no clipping
     micro_batch: the most examples that go through the model at once; None for whole batches
-    autocast:    None or torch.bfloat16; float16, which needs loss scaling, raises ValueError
+    autocast:    None or torch.bfloat16; float16, which needs loss scaling, raises
+                 ValueError, which names it
     step:        number of steps made so far
     """
 

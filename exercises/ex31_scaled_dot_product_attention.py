@@ -28,7 +28,7 @@ def scaled_dot_product_attention(
 
     Leading dimensions broadcast, and a mask may have 1 in the place of n_queries. Scores
     of any size give finite results. Every query may see at least one key. A mask that is
-    not bool raises TypeError: float masks follow another convention, and confusing the
-    two fails silently.
+    not bool raises TypeError, which says that it must be: float masks follow another
+    convention, and confusing the two fails silently.
     """
     raise NotImplementedError("exercise 31 is not written yet")

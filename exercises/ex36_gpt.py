@@ -128,7 +128,7 @@ class GPT(nn.Module):
         returns: (batch, seq_len, vocab_size) logits, dtype of the weights
 
         Row t sees tokens 0 … t. Positions count from 0. More than block_size tokens raise
-        ValueError.
+        ValueError, which gives both numbers.
         """
         raise NotImplementedError("exercise 36 is not written yet")
 

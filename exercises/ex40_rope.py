@@ -27,7 +27,7 @@ Array = np.ndarray | torch.Tensor
 def rope_frequencies(head_dim: int, theta: float = 10_000.0, xp: ModuleType = torch) -> Array:
     """Give the angle by which each pair of features turns from one position to the next.
 
-    head_dim: even; an odd one raises ValueError
+    head_dim: even; an odd one raises ValueError, which says what it was
     theta:    the base; the larger it is, the slower the last pairs turn
     xp:       the library to make the array with: torch or numpy
     returns:  (head_dim // 2,) float64, radians per position

@@ -59,7 +59,8 @@ class ColumnParallelLinear(nn.Module):
     Rank r of n keeps the r-th of n equal pieces, as the parameters
         `weight`: (out_features / n, in_features) and `bias`: (out_features / n,) or None
     in the dtype and on the device of what it was given. The piece is a copy, so the whole weight
-    can be freed. If n does not divide out_features: ValueError.
+    can be freed. If n does not divide out_features: ValueError, which
+    gives that.
 
     forward: x (..., in_features), the same on every rank -> (..., out_features / n), this rank's
     own features. No communication; in backward one all-reduce gives x its whole gradient.
@@ -83,7 +84,8 @@ class RowParallelLinear(nn.Module):
 
     Rank r of n keeps the r-th of n equal pieces, as the parameter
         `weight`: (out_features, in_features / n), a copy,
-    and the whole `bias`: (out_features,) or None. If n does not divide in_features: ValueError.
+    and the whole `bias`: (out_features,) or None. If n does not divide in_features: ValueError,
+    which gives that.
 
     forward: x (..., in_features / n), this rank's own features -> (..., out_features), whole, the
     same on every rank. One all-reduce; in backward no communication. Every rank ends up with the

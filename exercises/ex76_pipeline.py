@@ -32,7 +32,7 @@ def split_stages(layers: Sequence[nn.Module], n_stages: int) -> list[nn.Sequenti
     returns: the stages, each an nn.Sequential of the layers themselves, not copies
 
     The lengths of the stages differ by one layer at most. More stages than layers raise
-    ValueError.
+    ValueError, which gives both numbers.
     """
     raise NotImplementedError("exercise 76 is not written yet")
 

@@ -52,7 +52,7 @@ def update(state: State, scores: np.ndarray, values: np.ndarray) -> State:
 
     A score may be −inf: that key is hidden and counts for nothing. All scores of a block, or
     all that a query has met so far, may be so, and a block may have no keys at all. Unequal
-    numbers of scores and values raise ValueError. (NumPy's `@` raises it for you.)
+    numbers of scores and values raise ValueError with both. (NumPy's `@` raises it for you.)
     """
     # solution
     largest = np.maximum(state.largest, scores.max(axis=-1, initial=-np.inf))

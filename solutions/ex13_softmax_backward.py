@@ -52,7 +52,8 @@ class CrossEntropy(Function):
     targets: (...) int64, in 0 … vocab_size − 1
     loss:    () dtype of logits, the mean over all targets
 
-    Logits of any size give finite results. Targets of another shape raise ValueError.
+    Logits of any size give finite results. Targets of another shape raise ValueError,
+    which gives it.
     Kept for backward through ctx.save_for_backward: one tensor of the logits' size, and at
     most a few numbers for each target. A second derivative is right, or refused with a
     RuntimeError (`once_differentiable` of torch.autograd.function does that); it is never

@@ -28,8 +28,8 @@ def scaled_dot_product_attention(
 
     Leading dimensions broadcast, and a mask may have 1 in the place of n_queries. Scores
     of any size give finite results. Every query may see at least one key. A mask that is
-    not bool raises TypeError: float masks follow another convention, and confusing the
-    two fails silently.
+    not bool raises TypeError, which says that it must be: float masks follow another
+    convention, and confusing the two fails silently.
     """
     # solution
     if mask is not None and mask.dtype != torch.bool:

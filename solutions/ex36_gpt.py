@@ -154,7 +154,7 @@ class GPT(nn.Module):
         returns: (batch, seq_len, vocab_size) logits, dtype of the weights
 
         Row t sees tokens 0 … t. Positions count from 0. More than block_size tokens raise
-        ValueError.
+        ValueError, which gives both numbers.
         """
         # solution
         seq_len, block_size = tokens.shape[1], self.config.block_size

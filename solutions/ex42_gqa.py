@@ -27,7 +27,7 @@ def grouped_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
              may see a key, as in exercise 31
     returns: (batch, n_heads, n_queries, value_dim), dtype of q
 
-    Raises ValueError unless n_heads is a multiple of n_kv_heads.
+    Raises ValueError unless n_heads is a multiple of n_kv_heads. The message gives both.
     """
     # solution
     n_heads, n_kv_heads = q.shape[1], k.shape[1]
@@ -62,7 +62,8 @@ class GroupedQueryAttention(nn.Module):
     def __init__(self, d_model: int, n_heads: int, n_kv_heads: int) -> None:
         """Make the four projections.
 
-        Raises ValueError unless d_model is a multiple of n_heads, and n_heads of n_kv_heads.
+        Raises ValueError unless d_model is a multiple of n_heads, and n_heads of n_kv_heads. The
+        message gives the two that do not fit.
         """
         super().__init__()
         # solution

@@ -35,7 +35,7 @@ def shard_parameters(tensors: Sequence[Tensor], group: dist.ProcessGroup | None 
              to end in their order, with zeros behind the last. A copy: what it was cut from can
              be freed.
 
-    Different dtypes raise TypeError, since one flat vector has one dtype.
+    Different dtypes raise TypeError, which names them: one flat vector has one dtype.
     """
     # solution
     dtypes = sorted({str(t.dtype) for t in tensors})

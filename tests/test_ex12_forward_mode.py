@@ -242,7 +242,7 @@ def test_jvp_rejects_a_direction_of_another_shape(attempt, rng):
     x, *weights = randn(rng, (2, 3), (3, 5), (5, 4))
 
     for shape in ((3,), (2, 1), (3, 2), ()):
-        with pytest.raises(ValueError, match="shape"):
+        with pytest.raises(ValueError, match=r"2\D+3"):
             attempt(jvp, x, torch.ones(shape, dtype=x.dtype), *weights)
 
 

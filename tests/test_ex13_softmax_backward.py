@@ -221,7 +221,7 @@ def test_cross_entropy_keeps_one_tensor_of_the_logits_size(attempt, rng):
 def test_cross_entropy_rejects_targets_of_another_shape(attempt, rng):
     logits, targets = logits_and_targets(rng)
 
-    with pytest.raises(ValueError, match="shape"):
+    with pytest.raises(ValueError, match=r"3\D+1\b"):
         attempt(cross_entropy, logits, targets[:, :1], torch.tensor(1.0))
 
 

@@ -65,18 +65,18 @@ def clip(ex, grads, max_norm, read_once=True):
 
 
 def clip_or_refuse(ex, grads, max_norm):
-    """The gradients after clipping, and the error, if there was one."""
+    """The gradients after clipping, and whether it was refused."""
     params = [torch.nn.Parameter(torch.zeros_like(grad)) for grad in grads]
     for param, grad in zip(params, grads, strict=True):
         param.grad = grad.clone()
     try:
         ex.clip_grad_norm(params, max_norm)
-        error = "none"
+        refused = False
     except NotImplementedError:
         raise
-    except RuntimeError as problem:
-        error = "finite" if "finite" in str(problem) else str(problem)
-    return error, [param.grad for param in params]
+    except RuntimeError:
+        refused = True
+    return refused, [param.grad for param in params]
 
 
 # --- specs: the schedule -------------------------------------------------------------------------
@@ -127,7 +127,7 @@ def test_rises_to_the_peak_and_never_again(attempt, n_warmup, n_more, share):
 def test_rejects_a_warm_up_that_leaves_no_steps(attempt, n_steps):
     options = {"max_lr": 0.5, "min_lr": 0.1, "n_warmup": 7, "n_steps": n_steps}
 
-    with pytest.raises(ValueError, match="n_warmup"):
+    with pytest.raises(ValueError, match=str(n_steps)):
         attempt(rates, [0], options)
 
 
@@ -207,6 +207,6 @@ def test_has_a_norm_of_zero_where_there_is_nothing_to_clip(attempt, grads):
 def test_refuses_a_norm_that_is_not_finite_and_changes_nothing(attempt, rng, bad):
     grads = [torch.randn(3, generator=rng), torch.tensor([1.0, bad])]
 
-    error, after = attempt(clip_or_refuse, grads, 0.5)
+    refused, after = attempt(clip_or_refuse, grads, 0.5)
 
-    assert_close((error, after), ("finite", grads))
+    assert_close((refused, after), (True, grads))

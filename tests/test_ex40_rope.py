@@ -198,5 +198,5 @@ def test_reorders_the_rows_of_each_head_from_pairs_to_halves(attempt, np_rng, li
 
 
 def test_rejects_an_odd_head_dim(attempt):
-    with pytest.raises(ValueError, match=r"even.*5"):
+    with pytest.raises(ValueError, match="5"):
         attempt(default_frequencies, 5)

@@ -113,7 +113,7 @@ def test_sends_the_gradients_of_a_whole_group_to_its_keys_and_values(attempt, rn
 def test_rejects_query_heads_that_cannot_be_shared_out_evenly(attempt, rng, n_heads):
     q, k, v = qkv(rng, n_kv_heads=4, group=2)
 
-    with pytest.raises(ValueError, match="multiple"):
+    with pytest.raises(ValueError, match=rf"{n_heads}\D+4|4\D+{n_heads}"):
         attempt(attend, q[:, :n_heads], k, v)
 
 
@@ -162,5 +162,5 @@ def test_layer_has_small_key_and_value_projections_and_no_other_parameters(attem
 
 @pytest.mark.parametrize(("d_model", "n_heads", "n_kv_heads"), [(24, 5, 1), (24, 6, 4), (24, 2, 4)])
 def test_layer_rejects_sizes_that_do_not_divide(attempt, d_model, n_heads, n_kv_heads):
-    with pytest.raises(ValueError, match="multiple"):
+    with pytest.raises(ValueError, match=str(n_heads)):
         attempt(shapes, d_model, n_heads, n_kv_heads)

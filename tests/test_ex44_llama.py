@@ -428,9 +428,9 @@ def file_of_smollm2():
 
 def llama_of_transformers(path):
     """What from_pretrained(folder, gguf_file=…) gives, which would want accelerate as well."""
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
     from transformers.models.llama.configuration_llama import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaForCausalLM
-    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     # The first model only lends its parameters' names.
     names = LlamaForCausalLM(LlamaConfig(num_hidden_layers=30, hidden_size=32, vocab_size=8))

@@ -253,5 +253,5 @@ def test_keeps_only_its_own_piece_of_each_matrix_in_memory(attempt, rng):
     ids=["column", "row"],
 )
 def test_rejects_features_that_the_ranks_cannot_share_equally(attempt, layer, shape):
-    with pytest.raises(ValueError, match=r"divisible.*\b7\b"):
+    with pytest.raises(ValueError, match=r"\b7\b"):
         attempt.ranks(2)(build, layer, torch.zeros(shape))

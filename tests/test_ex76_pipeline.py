@@ -39,7 +39,7 @@ def test_cuts_the_layers_in_order_into_stages_of_almost_equal_length(attempt, n_
 
 
 def test_refuses_more_stages_than_layers(attempt):
-    with pytest.raises(ValueError, match="layers"):
+    with pytest.raises(ValueError, match=r"3\D+4|4\D+3"):
         attempt(split, 3, 4)
 
 
@@ -336,5 +336,5 @@ def test_refuses_a_batch_that_cannot_be_divided(attempt, rng):
     weights, [(x, targets)] = model_and_batches(rng)
     batches = [(x[:-1], targets[:-1])]
 
-    with pytest.raises(ValueError, match="divi"):
+    with pytest.raises(ValueError, match=r"\d"):
         attempt.ranks(2)(run_batches, weights, CUTS[2], GPIPE, batches)

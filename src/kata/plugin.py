@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import signal
 import time
 from collections.abc import Generator, Iterator
@@ -29,6 +30,9 @@ from kata.report import Detail, Report, SpecReport
 from kata.testing import Mismatch, summary
 
 KEEP_FROM = 0.005  # seconds: a replay of an attempt that took longer is kept on disk
+WANTED = re.compile(
+    r"Regex pattern did not match\.\s+Expected regex: (.*)\n\s+Actual message: (.*)"
+)
 OUTPUT_LIMIT = 4000  # characters of what a spec's run printed
 
 
@@ -312,6 +316,9 @@ def _detail(bench: Bench, error: BaseException) -> Detail:
     elif isinstance(error, pytest.fail.Exception):
         detail.kind = "no-raise" if "DID NOT RAISE" in problem.message else "assertion"
         detail.message = problem.message.replace("DID NOT RAISE", "expected an error:")
+    elif wanted := WANTED.match(problem.message):
+        detail.kind = "assertion"
+        detail.message = f"the error should say {wanted[1]}, and says: {wanted[2]}"
     elif isinstance(error, attempts.Reached):
         detail.kind = "reached"
     elif isinstance(error, attempts.ArgumentChanged):

@@ -254,6 +254,17 @@ def test_an_error_that_was_expected_and_did_not_come_is_told(small):
     assert "expected an error: TypeError" in small.read(report)
 
 
+def test_an_error_that_does_not_say_what_it_should_is_told(small):
+    _, report = small.submit("""
+        def double(x):
+            if isinstance(x, str):
+                raise TypeError("no")
+            return 2 * x
+    """)
+
+    assert "the error should say 'tensor', and says: 'no'" in small.read(report)
+
+
 def test_a_syntax_error_shows_file_line_and_text(small):
     result, report = small.submit("def double(x):\n    return (2 * x\n")
 
