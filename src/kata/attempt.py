@@ -275,6 +275,8 @@ def forbid(names: Sequence[str]) -> None:
         holder_name, _, attribute = name.rpartition(".")
         holder = _resolve(holder_name)
         original = inspect.getattr_static(holder, attribute, None) if holder else None
+        if inspect.isclass(original):  # it stays a class, which others may inherit from
+            holder, attribute, original = original, "__init__", original.__init__
         if holder is None or original is None or hasattr(original, "forbidden"):
             continue
         setattr(holder, attribute, _guard(name, getattr(holder, attribute)))

@@ -219,6 +219,16 @@ def test_forbidden_help_is_noticed_even_if_the_complaint_is_swallowed(small):
     assert report.specs[0].detail.kind == "reached"
 
 
+def test_a_forbidden_class_can_be_inherited_from_and_not_used(small):
+    small.exercise.spec.write_text(SPEC.replace('"torch.add"', '"torch.nn.ReLU"'))
+    heir = "import torch\n\nclass Heir(torch.nn.ReLU): ...\n\ndef double(x):\n    {}\n"
+
+    small.submit(heir.format("return 2 * x"), "-k", "doubles")[0].assert_outcomes(passed=1)
+    _, report = small.submit(heir.format("return torch.nn.ReLU()(x)"), "-k", "doubles")
+
+    assert "torch.nn.ReLU is what this exercise asks you to write" in small.read(report)
+
+
 def test_what_one_exercise_forbids_is_free_to_the_next(small):
     for floor in ("exercises", "solutions"):
         (small.root / floor / "ex06_adding.py").write_text(
