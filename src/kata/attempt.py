@@ -274,12 +274,17 @@ def forbid(names: Sequence[str]) -> None:
     for name in names:
         holder_name, _, attribute = name.rpartition(".")
         holder = _resolve(holder_name)
-        original = inspect.getattr_static(holder, attribute, None) if holder else None
+        original = getattr(holder, attribute, None)
         if inspect.isclass(original):  # it stays a class, which others may inherit from
             holder, attribute, original = original, "__init__", original.__init__
-        if holder is None or original is None or hasattr(original, "forbidden"):
+            if original is object.__init__:  # all is done by __new__
+                original = _nothing
+        if original is None or hasattr(original, "forbidden"):
             continue
-        setattr(holder, attribute, _guard(name, getattr(holder, attribute)))
+        setattr(holder, attribute, _guard(name, original))
+
+
+def _nothing(*_: Any, **__: Any) -> None: ...
 
 
 def _resolve(dotted: str) -> Any:

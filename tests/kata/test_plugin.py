@@ -229,6 +229,15 @@ def test_a_forbidden_class_can_be_inherited_from_and_not_used(small):
     assert "torch.nn.ReLU is what this exercise asks you to write" in small.read(report)
 
 
+def test_a_forbidden_class_that_is_made_by_new_still_takes_its_arguments(small):
+    spec = "import fractions\n" + SPEC.replace("torch.add", "fractions.Fraction")
+    small.exercise.spec.write_text(
+        spec + "\ndef test_half(attempt):\n    fractions.Fraction(1, 2)\n"
+    )
+
+    small.submit("return 2 * x", "-k", "half or doubles")[0].assert_outcomes(passed=2)
+
+
 def test_what_one_exercise_forbids_is_free_to_the_next(small):
     for floor in ("exercises", "solutions"):
         (small.root / floor / "ex06_adding.py").write_text(

@@ -1,0 +1,216 @@
+"""Specs for exercise 32: multi-head attention."""
+
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from kata.testing import assert_close
+
+pytestmark = pytest.mark.cpu
+
+WITHOUT = [
+    "torch.nn.MultiheadAttention",
+    "torch.nn.functional.multi_head_attention_forward",
+]
+
+BATCH, N_QUERIES, N_KEYS, D_MODEL = 2, 5, 7, 24
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+
+
+def make_weights(rng, d_model=D_MODEL):
+    """Random weights, large enough that every part of the layer matters."""
+    randn = partial(torch.randn, generator=rng, dtype=torch.float64)
+    weights = {f"{name}.weight": 0.4 * randn(d_model, d_model) for name in PROJECTIONS}
+    return weights | {f"{name}.bias": 0.5 * randn(d_model) for name in PROJECTIONS}
+
+
+def make_rows(rng, length, d_model=D_MODEL, batch=BATCH):
+    return torch.randn(batch, length, d_model, generator=rng, dtype=torch.float64)
+
+
+def make_mask(rng, *shape):
+    """Each query sees about half of the keys, and the first one always."""
+    mask = torch.rand(shape, generator=rng) < 0.5
+    mask[..., 0] = True
+    return mask
+
+
+# --- run on the code under test ------------------------------------------------------------------
+
+
+def build(ex, n_heads, causal, weights):
+    d_model = len(weights["q_proj.bias"])
+    layer = ex.MultiHeadAttention(d_model, n_heads, causal).to(weights["q_proj.bias"].dtype)
+    own = {name: value.shape for name, value in layer.state_dict().items()}
+    if own != {name: value.shape for name, value in weights.items()}:
+        # Not load_state_dict's RuntimeError, which a wrong reshape raises as well.
+        raise AttributeError(f"the parameters must be {', '.join(weights)}, got {own}")
+    layer.load_state_dict(weights)
+    return layer
+
+
+def attend(ex, n_heads, weights, x, context=None, mask=None):
+    """The output of a plain layer that bears these weights."""
+    return build(ex, n_heads, False, weights)(x, context, mask)
+
+
+def attend_causally(ex, n_heads, weights, x, context=None, mask=None):
+    return build(ex, n_heads, True, weights)(x, context, mask)
+
+
+def gradients(ex, n_heads, weights, x, context, mask, upstream):
+    """The gradients of all weights and of what comes in, given that of the result."""
+    layer = build(ex, n_heads, False, weights)
+    layer(x.requires_grad_(), context.requires_grad_(), mask).backward(upstream)
+    grads = {name: parameter.grad for name, parameter in layer.named_parameters()}
+    return grads | {"x": x.grad, "context": context.grad}
+
+
+def shapes(ex, d_model, n_heads):
+    """The parameters of a layer, and whatever else it stores."""
+    state = ex.MultiHeadAttention(d_model, n_heads).state_dict()
+    return {name: list(value.shape) for name, value in state.items()}
+
+
+# --- the oracle: torch ---------------------------------------------------------------------------
+
+
+def oracle(n_heads, weights):
+    """nn.MultiheadAttention with these weights; it keeps those of q, k and v in one."""
+    layer = nn.MultiheadAttention(
+        len(weights["q_proj.bias"]), n_heads, batch_first=True, dtype=torch.float64
+    )
+    theirs = {
+        f"in_proj_{kind}": torch.cat([weights[f"{name}.{kind}"] for name in PROJECTIONS[:3]])
+        for kind in ("weight", "bias")
+    }
+    theirs |= {f"out_proj.{kind}": weights[f"o_proj.{kind}"] for kind in ("weight", "bias")}
+    layer.load_state_dict(theirs)
+    return layer
+
+
+def expected_from(layer, x, context=None, mask=None):
+    context = x if context is None else context
+    if mask is not None:  # theirs is True where a key is hidden, with batch and heads in one axis
+        sizes = (len(x), layer.num_heads, x.shape[1], context.shape[1])
+        mask = ~mask.expand(sizes).flatten(0, 1)
+    return layer(x, context, context, attn_mask=mask, need_weights=False)[0]
+
+
+# --- the specs -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_heads", [1, 3, 8, 24])
+def test_lets_each_head_attend_with_its_own_slice_of_the_features(attempt, rng, n_heads):
+    weights, x = make_weights(rng), make_rows(rng, N_QUERIES)
+
+    out = attempt(attend, n_heads, weights, x)
+
+    assert_close(out, expected_from(oracle(n_heads, weights), x))
+
+
+@pytest.mark.parametrize("n_queries", [1, 5, 11])
+def test_takes_keys_and_values_from_the_context(attempt, rng, n_queries):
+    weights, x, context = make_weights(rng), make_rows(rng, n_queries), make_rows(rng, N_KEYS)
+
+    out = attempt(attend, 3, weights, x, context)
+
+    assert_close(out, expected_from(oracle(3, weights), x, context))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(5, 7), (2, 1, 1, 7), (3, 5, 7), (2, 3, 5, 7)],
+    ids=["for all alike", "padding of the batch", "each head its own", "in full"],
+)
+def test_lets_a_query_see_only_the_keys_its_mask_allows(attempt, rng, shape):
+    weights, x, context = make_weights(rng), make_rows(rng, N_QUERIES), make_rows(rng, N_KEYS)
+    mask = make_mask(rng, *shape)
+
+    out = attempt(attend, 3, weights, x, context, mask)
+
+    assert_close(out, expected_from(oracle(3, weights), x, context, mask))
+
+
+@pytest.mark.parametrize("seq_len", [1, 5, 24, 31])
+def test_lets_a_causal_position_see_itself_and_those_before_it(attempt, rng, seq_len):
+    weights, x = make_weights(rng), make_rows(rng, seq_len)
+
+    out = attempt(attend_causally, 3, weights, x)
+
+    past = torch.ones(seq_len, seq_len, dtype=torch.bool).tril()
+    assert_close(out, expected_from(oracle(3, weights), x, mask=past))
+
+
+@pytest.mark.parametrize(
+    "shape", [(5, 5), (2, 1, 1, 5), (2, 3, 5, 5)], ids=["for all alike", "padding", "in full"]
+)
+def test_hides_what_the_mask_hides_in_a_causal_layer_too(attempt, rng, shape):
+    weights, x = make_weights(rng), make_rows(rng, N_QUERIES)
+    mask = make_mask(rng, *shape)
+
+    out = attempt(attend_causally, 3, weights, x, mask=mask)
+
+    past = torch.ones(N_QUERIES, N_QUERIES, dtype=torch.bool).tril()
+    assert_close(out, expected_from(oracle(3, weights), x, mask=mask & past))
+
+
+def test_sends_gradients_to_every_weight_and_to_both_inputs(attempt, rng):
+    weights, x, context = make_weights(rng), make_rows(rng, N_QUERIES), make_rows(rng, N_KEYS)
+    mask, upstream = make_mask(rng, N_QUERIES, N_KEYS), make_rows(rng, N_QUERIES)
+
+    grads = attempt(gradients, 3, weights, x, context, mask, upstream)
+
+    layer, inputs = oracle(3, weights), [x.requires_grad_(), context.requires_grad_()]
+    expected_from(layer, *inputs, mask).backward(upstream)
+    expected = {"x": x.grad, "context": context.grad}
+    for kind in ("weight", "bias"):
+        parts = getattr(layer, f"in_proj_{kind}").grad.chunk(3)
+        parts = (*parts, getattr(layer.out_proj, kind).grad)
+        names = [f"{name}.{kind}" for name in PROJECTIONS]
+        expected |= dict(zip(names, parts, strict=True))
+    assert_close(grads, expected)
+
+
+def test_has_four_square_projections_with_bias_and_no_other_parameters(attempt):
+    got = attempt(shapes, 24, 3)
+
+    expected = {f"{name}.weight": [24, 24] for name in PROJECTIONS}
+    assert_close(got, expected | {f"{name}.bias": [24] for name in PROJECTIONS})
+
+
+@pytest.mark.parametrize("n_heads", [5, 48])
+def test_rejects_a_d_model_that_does_not_split_into_equal_heads(attempt, n_heads):
+    with pytest.raises(ValueError, match=rf"24.*{n_heads}|{n_heads}.*24"):
+        attempt(shapes, 24, n_heads)
+
+
+def test_rejects_a_context_for_a_causal_layer(attempt, rng):
+    weights, x, context = make_weights(rng), make_rows(rng, N_QUERIES), make_rows(rng, N_QUERIES)
+
+    with pytest.raises(ValueError, match="causal"):
+        attempt(attend_causally, 3, weights, x, context)
+
+
+@settings(max_examples=20)
+@given(
+    n_heads=st.integers(1, 4),
+    head_dim=st.integers(1, 4),
+    n_keys=st.integers(1, 6),
+    seed=st.integers(0, 999),
+)
+def test_does_not_care_in_which_order_the_context_comes(attempt, n_heads, head_dim, n_keys, seed):
+    rng = torch.Generator().manual_seed(seed)
+    d_model = n_heads * head_dim
+    weights, x = make_weights(rng, d_model), make_rows(rng, 3, d_model)
+    context, mask = make_rows(rng, n_keys, d_model), make_mask(rng, n_heads, 3, n_keys)
+    order = torch.randperm(n_keys, generator=rng)
+
+    out = attempt(attend, n_heads, weights, x, context, mask)
+
+    shuffled = attempt(attend, n_heads, weights, x, context[:, order], mask[..., order])
+    assert_close(shuffled, out)
