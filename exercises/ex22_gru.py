@@ -77,6 +77,7 @@ class GRU(nn.Module):
                  state after the last step of each sequence, h0 where there is none
 
         Padding may hold anything, NaN too: outputs, h_n and all gradients are the same, and the
-        gradient of the padding is 0. A length below 0 or above seq_len raises ValueError.
+        gradient of the padding is 0. A length below 0 or above seq_len raises ValueError,
+        which gives both.
         """
         raise NotImplementedError("exercise 22 is not written yet")

@@ -43,7 +43,7 @@ class SinusoidalPositions(nn.Module):
     def __init__(self, d_model: int, max_len: int) -> None:
         """Make the table for positions 0 … max_len − 1.
 
-        Raises ValueError for an odd d_model.
+        Raises ValueError for an odd d_model; the message holds it.
         """
         super().__init__()
         raise NotImplementedError("exercise 30 is not written yet")

@@ -72,7 +72,8 @@ class RNN(nn.Module):
                  state after the last step of each sequence, h0 where there is none
 
         Padding may hold anything, NaN too: outputs, h_n and all gradients are the same, and the
-        gradient of the padding is 0. A length below 0 or above seq_len raises ValueError.
+        gradient of the padding is 0. A length below 0 or above seq_len raises ValueError,
+        which gives both.
         """
         # solution
         if self.batch_first:

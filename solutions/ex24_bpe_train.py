@@ -48,7 +48,8 @@ def train_bpe(text: str, vocab_size: int) -> tuple[dict[int, bytes], list[tuple[
     starts, so "aaa" holds (a, a) twice, and merged from left to right, so "aaa" becomes aa, a.
     Of pairs that occur equally often, the one whose (left id, right id) is smallest is merged.
     A pair that occurs once is a pair like any other. When no pair is left, training ends.
-    An empty text gives the 256 bytes and no merges. A vocab_size below 256 raises ValueError.
+    An empty text gives the 256 bytes and no merges. A vocab_size below 256 raises ValueError,
+    which gives it.
 
     Cost: a word that occurs many times is worked on once, with its count. A merge visits only
     the words that hold its pair, and corrects the counts that change there. Going through all

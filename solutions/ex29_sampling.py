@@ -58,7 +58,7 @@ def top_p(logits: Tensor, p: float) -> Tensor:
     """Keep the most likely tokens of each row, as few as have together the probability p.
 
     logits:  (..., vocab_size)
-    p:       0 < p ≤ 1, or ValueError; 1 keeps everything, however unlikely
+    p:       0 < p ≤ 1, or ValueError, which gives it; 1 keeps everything, however unlikely
     returns: (..., vocab_size), −inf for all others
 
     The token that crosses p stays. So a token stays if the tokens that are likelier

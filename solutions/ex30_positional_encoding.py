@@ -50,7 +50,7 @@ class SinusoidalPositions(nn.Module):
     def __init__(self, d_model: int, max_len: int) -> None:
         """Make the table for positions 0 … max_len − 1.
 
-        Raises ValueError for an odd d_model.
+        Raises ValueError for an odd d_model; the message holds it.
         """
         super().__init__()
         # solution

