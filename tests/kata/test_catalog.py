@@ -17,9 +17,9 @@ def test_an_unknown_exercise_gets_the_nearest_names(word):
         catalog.find(ROOT, word)
 
 
-def test_an_unknown_number_gets_the_nearest_numbers():
+def test_an_unknown_number_gets_the_nearest_numbers(project):
     with pytest.raises(catalog.UnknownExercise, match="no exercise 30; the nearest are 31"):
-        catalog.find(ROOT, 30)
+        catalog.find(project, 30)
 
 
 @pytest.mark.parametrize(
