@@ -60,6 +60,12 @@ def dropout(ex, x, p, seed):
     return ex.dropout(x, p, np.random.default_rng(seed))
 
 
+def dropped_in_turn(ex, x, p, seed):
+    """How many numbers each of ten calls drops."""
+    rng = np.random.default_rng(seed)
+    return [int((ex.dropout(x, p, rng) == 0).sum()) for _ in range(10)]
+
+
 def dropout_outside_training(ex, x, p, seed):
     """The result, and what the generator gives next."""
     rng = np.random.default_rng(seed)
@@ -173,6 +179,13 @@ def test_dropout_draws_for_every_element_by_itself(attempt, np_rng, p):
         share = dropped.mean(axis=axes)
         spread = math.sqrt(p * (1 - p) * share.size / x.size)
         assert_close(share, np.full(share.shape, p), rtol=0, atol=6 * spread)
+
+
+def test_dropout_drops_no_fixed_number_of_elements(attempt, np_rng):
+    counts = attempt(dropped_in_turn, np.ones((20, 30)), 0.3, int(np_rng.integers(1 << 30)))
+
+    # Independent draws give the same number ten times once in 10¹⁴ runs.
+    assert len(set(counts)) > 1, f"each of ten calls dropped {counts[0]} of 600 elements"
 
 
 def test_dropout_does_nothing_outside_training(attempt, np_rng):

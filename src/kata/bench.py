@@ -213,7 +213,7 @@ def _in_fresh_python(code: str) -> str:
 
 
 def _row(what: str, ours: str, beside: str, theirs: str, ratio: float | None = None) -> str:
-    return f"| {what} | {ours} | {beside} | {theirs} | {f'{ratio:.1f} ×' if ratio else ''} |"
+    return f"| {what} | {ours} | {beside} | {theirs} | {f'{ratio:.2f} ×' if ratio else ''} |"
 
 
 def table(root: Path, times: int) -> list[str]:

@@ -170,8 +170,7 @@ class Bench:
 
     def _on_ranks(self, path: Path, run: str, call: bytes, seed: int, n: int) -> list[Done]:
         spec, parts = str(self.exercise.spec), str(self.parts)
-        job = Job(n, spec, str(path), parts, run, call, seed)
-        return self.judge.rank_server.run(job)
+        return self.judge.rank_server.run(Job(n, spec, str(path), parts, run, call, seed))
 
 
 class Judge:
