@@ -200,6 +200,8 @@ class Judge:
             if exercise is None:
                 raise pytest.UsageError(f"{path.name} is not a spec file (tests/test_exNN_slug.py)")
             self.benches[path] = Bench(self, exercise, module)
+            every = {name for name in vars(module) if name.startswith("test_")}
+            self.benches[path].report.complete = every <= self._asked.get(path, set())
         return self.benches[path]
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
@@ -268,9 +270,7 @@ class Judge:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_sessionfinish(self) -> None:
-        for path, bench in self.benches.items():
-            every = {name for name in vars(bench.spec) if name.startswith("test_")}
-            bench.report.complete = every <= self._asked.get(path, set())
+        for bench in self.benches.values():
             start = time.perf_counter()
             bench.recognise()
             bench.report.seconds += time.perf_counter() - start

@@ -55,6 +55,7 @@ class Report(msgspec.Struct):
     submission: str
     specs: list[SpecReport] = []
     mistakes: list[str] = []
+    naming: bool = False  # they are still looked for; another report follows
     seconds: float = 0.0
     complete: bool = True  # every spec of the file was asked for
     error: Detail | None = None  # the specs could not be read

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
@@ -86,57 +86,80 @@ def outside(exercise: Exercise) -> list[str]:
     return sorted(name for name in names if not STEM.fullmatch(name))
 
 
-def judge(job: Job, quiet: bool = True) -> Report:
-    """Run the specs of one exercise in this process; quiet: without pytest's own report."""
+def judge(job: Job, quiet: bool = True, client: Connection | None = None) -> Report:
+    """Run the specs of one exercise in this process; quiet: without pytest's own report.
+
+    With a client: read the specs, wait for its word, and send it what failed before the mistake
+    has its name.
+    """
     import pytest
 
     from kata import plugin
 
     judges: list[plugin.Judge] = []
 
+    def report() -> Report | None:
+        return next((r for j in judges for r in j.reports if r.stem == job.stem), None)
+
     class Keep:
         def pytest_sessionstart(self, session: pytest.Session) -> None:
             judges.append(session.config.stash[plugin.JUDGE])
+
+        @pytest.hookimpl(tryfirst=True)
+        def pytest_runtestloop(self) -> None:
+            if client:
+                client.recv_bytes()
+
+        @pytest.hookimpl(wrapper=True)
+        def pytest_sessionfinish(self) -> Generator[None, None, None]:
+            early = report()
+            if client and early and early.count("failed") and not early.count("unwritten"):
+                early = msgspec.structs.replace(early, naming=True)
+                client.send_bytes(msgspec.msgpack.encode(early))
+            yield
 
     quiet_options = _QUIET if quiet else []
     options = ["-p", "kata.plugin", *quiet_options, *job.options, "--rootdir", job.root]
     if job.submission:
         options += ["--submission", job.submission]
     pytest.main([*options, str(job.exercise.spec)], plugins=[Keep()])
-    reports = [r for r in judges[0].reports if r.stem == job.stem] if judges else []
-    return reports[0] if reports else _no_verdict(job, "pytest made no report")
+    return report() or _no_verdict(job, "pytest made no report")
 
 
 class Child:
-    """A forked child, ready to judge. It lives in a process group of its own and is used once."""
+    """A forked child, which reads the specs of its job and waits. It is used once."""
 
-    def __init__(self, spare_for: Exercise | None = None) -> None:
+    def __init__(self, job: Job, warm_up: bool = False) -> None:
+        self.job, self.started, self._specs = job, 0.0, _version(job)
         self.connection, theirs = Pipe()
-        self.job: Job | None = None
-        self.started = 0.0
         self.pid = os.fork()
         if self.pid == 0:
             self.connection.close()
             os.setpgid(0, 0)
             with suppress(BaseException):
-                _live(theirs, spare_for)
+                _live(theirs, job, warm_up)
             os._exit(0)
         theirs.close()
         with suppress(OSError):  # whoever is first
             os.setpgid(self.pid, self.pid)
 
-    def start(self, job: Job) -> None:
-        self.job, self.started = job, time.perf_counter()
-        self.connection.send_bytes(msgspec.msgpack.encode(job))
+    def fits(self, job: Job) -> bool:
+        """Whether it has read the specs of this job as they are now."""
+        return self.job == job and self._specs == _version(job)
 
-    def result(self) -> Report:
-        """The verdict; without one the run has failed, whatever the exit status."""
-        assert self.job is not None
+    def start(self) -> None:
+        self.started = time.perf_counter()
+        with suppress(BrokenPipeError):  # receive() will tell
+            self.connection.send_bytes(b"go")
+
+    def receive(self) -> Report:
+        """The next report; without one the run has failed, whatever the exit status."""
         try:
             report = msgspec.msgpack.decode(self.connection.recv_bytes(), type=Report)
         except (EOFError, OSError, msgspec.MsgspecError):
             report = _no_verdict(self.job, "the run ended without a verdict")
-        self.end()
+        if not report.naming:
+            self.end()
         return report
 
     def end(self) -> None:
@@ -156,13 +179,15 @@ def judge_all(jobs: list[Job], at_once: int) -> Iterator[tuple[int, Report, floa
         while waiting or running:
             while waiting and len(running) < at_once:
                 which, job = waiting.pop(0)
-                child = Child()
-                child.start(job)
+                child = Child(job)
+                child.start()
                 running[child.connection] = which, child
             for connection in wait(list(running), timeout=1.0):
-                which, child = running.pop(cast("Connection", connection))
-                report = child.result()
-                yield which, report, time.perf_counter() - child.started
+                which, child = running[cast("Connection", connection)]
+                report = child.receive()
+                if not report.naming:
+                    del running[child.connection]
+                    yield which, report, time.perf_counter() - child.started
             for connection, (which, child) in list(running.items()):
                 if time.perf_counter() - child.started > LIMIT:
                     del running[connection]
@@ -173,15 +198,21 @@ def judge_all(jobs: list[Job], at_once: int) -> Iterator[tuple[int, Report, floa
             child.end()
 
 
-def _live(parent: Connection, spare_for: Exercise | None) -> None:
+def _live(client: Connection, job: Job, warm_up: bool) -> None:
     """The life of a child: warm up while nobody waits, then judge."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with _silence():
-        if spare_for is not None and "multiprocess" not in spare_for.suites:
-            _warm_up(spare_for)
-        job = msgspec.msgpack.decode(parent.recv_bytes(), type=Job)
-        report = judge(job)
-    parent.send_bytes(msgspec.msgpack.encode(report))
+        if warm_up and "multiprocess" not in job.exercise.suites:
+            _warm_up(job.exercise)
+        report = judge(job, client=client)
+    client.send_bytes(msgspec.msgpack.encode(report))
+
+
+def _version(job: Job) -> int:
+    """When the spec file was last written; 0 if it isn't there."""
+    with suppress(OSError):
+        return job.exercise.spec.stat().st_mtime_ns
+    return 0
 
 
 def _warm_up(exercise: Exercise) -> None:
@@ -234,26 +265,36 @@ class _silence:
 class WarmServer:
     """A warm process of its own. `run` answers later: wait for `connection`, then `receive`."""
 
-    def __init__(self, exercise: Exercise) -> None:
+    def __init__(self, job: Job) -> None:
         self.connection, theirs = Pipe()
         command = [sys.executable, "-m", "kata.server", str(theirs.fileno())]
         self._process = subprocess.Popen(
             command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
         )
         theirs.close()
-        self.prepare(exercise)
+        self.prepare(job)
 
-    def prepare(self, exercise: Exercise) -> None:
-        """Have a spare child ready for this exercise."""
-        self._send(("prepare", Job(str(exercise.root), exercise.stem)))
+    def prepare(self, job: Job) -> None:
+        """Have a child ready for this job."""
+        self._send(("prepare", job))
 
     def run(self, job: Job) -> None:
         """Judge; a run that is under way is cancelled and gives no report."""
         self._send(("run", job))
 
     def receive(self) -> Report:
-        """The next report; EOFError if the server has died."""
+        """The next report; EOFError if the server has died.
+
+        With `naming`, what failed is told and another report will follow.
+        """
         return msgspec.msgpack.decode(self.connection.recv_bytes(), type=Report)
+
+    def judge(self, job: Job) -> Report:
+        """Run and wait for the last report."""
+        self.run(job)
+        while (report := self.receive()).naming:
+            pass
+        return report
 
     def close(self) -> None:
         self.connection.close()
@@ -280,29 +321,29 @@ def serve(client: Connection) -> None:
             ready = wait([client, *([running.connection] if running else [])], timeout=due)
             if running and (running.connection in ready or not ready):
                 job = running.job
-                assert job is not None
                 if ready:
-                    report = running.result()
+                    report = running.receive()
                 else:
                     running.end()
                     report = _no_verdict(job, f"not done after {LIMIT:g} s")
-                running = None
                 client.send_bytes(msgspec.msgpack.encode(report))
-                spare = spare or Child(job.exercise)
+                if not report.naming:
+                    running, spare = None, spare or Child(job, warm_up=True)
             if client not in ready:
                 continue
             what, job = msgspec.msgpack.decode(client.recv_bytes(), type=tuple[str, Job])
             if running:
                 running.end()
                 running = None
+            if spare and not spare.fits(job):
+                spare.end()
+                spare = None
             if what == "prepare":
-                if spare:
-                    spare.end()
                 import_all(outside(job.exercise))
-                spare = Child(job.exercise)
+                spare = spare or Child(job, warm_up=True)
             else:
-                running, spare = spare or Child(), None
-                running.start(job)
+                running, spare = spare or Child(job), None
+                running.start()
     except (EOFError, OSError):
         pass
     finally:

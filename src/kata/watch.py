@@ -34,10 +34,15 @@ class Watch:
 
     def __init__(self, exercise: Exercise, console: Console, parts: str) -> None:
         self.exercise, self.console, self.parts = exercise, console, parts
-        self.server = WarmServer(exercise)
+        self.server = WarmServer(self.job)
         self.seen = self.saved()
         self.running = self.told = False
         self.report: Report | None = None
+
+    @property
+    def job(self) -> Job:
+        """What is judged at a save."""
+        return Job(str(self.exercise.root), self.exercise.stem, "", ["--parts", self.parts])
 
     def files(self) -> list[Path]:
         """What a verdict depends on: the stub, its specs and the parts that it imports."""
@@ -80,8 +85,7 @@ class Watch:
     def rerun(self) -> None:
         """Judge now; what is being judged is cancelled."""
         self.running, self.told = True, False
-        options = ["--parts", self.parts]
-        self.server.run(Job(str(self.exercise.root), self.exercise.stem, "", options))
+        self.server.run(self.job)
 
     def receive(self) -> None:
         """Show the verdict that has come."""
@@ -90,15 +94,18 @@ class Watch:
         except (EOFError, OSError):
             self.console.print(Text("the server of verdicts has ended; starting another", "yellow"))
             self.server.close()
-            self.server = WarmServer(self.exercise)
+            self.server = WarmServer(self.job)
             self.rerun()
             return
-        self.running = False
+        self.running = self.report.naming
         if self.console.is_terminal:
             self.console.clear()
         verdict.show(self.report, self.exercise, self.console, "press n")
         for warning in self.report.warnings:
             self.console.print(Text(warning, "yellow"))
+        if self.report.naming:
+            self.console.print(Text("looking whether this is a known mistake …", "dim"))
+            self.told = True
         self.foot()
 
     def foot(self) -> None:
@@ -135,7 +142,7 @@ class Watch:
             raise ValueError("every exercise has passed")
         self.exercise, self.seen = following, {}
         self.seen = self.saved()
-        self.server.prepare(following)
+        self.server.prepare(self.job)
         self.rerun()
 
 

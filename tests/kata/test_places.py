@@ -45,11 +45,8 @@ def judged_warm(exercise: catalog.Exercise, jobs: list[Job]) -> list[Report]:
     """By the proof's forked children, if it has run on these files; else by the server of watch."""
     reports = [proof.kept(job) for job in jobs]
     if None in reports:
-        server = WarmServer(exercise)
-        reports = []
-        for job in jobs:
-            server.run(job)
-            reports.append(server.receive())
+        server = WarmServer(jobs[0])
+        reports = [server.judge(job) for job in jobs]
         server.close()
     return reports
 
@@ -114,11 +111,8 @@ def test_every_spec_passes_in_a_worker_that_holds_no_answers(exercise, isolated)
 def test_the_server_of_watch_says_the_same_as_a_cold_process():
     exercise = catalog.find(ROOT, 31)
     jobs = jobs_of(exercise)[:4]
-    server = WarmServer(exercise)
-    warm = []
-    for job in jobs:
-        server.run(job)
-        warm.append(server.receive())
+    server = WarmServer(jobs[0])
+    warm = [server.judge(job) for job in jobs]
     server.close()
 
     assert [essence(r) for r in warm] == [essence(r) for r in judged_cold(jobs)]

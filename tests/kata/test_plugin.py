@@ -7,6 +7,8 @@ import pytest
 from rich.console import Console
 
 from kata import catalog, verdict
+from kata.attempt import Done, Problem
+from kata.mistakes import same
 from kata.plugin import JUDGE
 from kata.report import SpecReport
 
@@ -176,6 +178,18 @@ def test_an_unknown_mistake_is_not_named(small):
     _, report = small.submit("return 5 * x")
 
     assert report.state == "failed" and report.mistakes == []
+
+
+@pytest.mark.parametrize(
+    ("message", "alike"),
+    [("shape [2, 3] into 6", True), ("shape [20, 4] into 80", True), ("no such name: x", False)],
+)
+def test_a_crash_is_the_known_one_if_it_says_the_same_numbers_aside(message, alike):
+    known = [Done(problem=Problem(["RuntimeError"], "shape [2, 3] into 6"))]
+    mine = [Done(problem=Problem(["RuntimeError"], message))]
+
+    assert same(known, mine, in_failed=True) == alike
+    assert same(known, mine, in_failed=False)
 
 
 def test_only_the_first_failure_is_expanded(small):

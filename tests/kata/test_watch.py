@@ -15,6 +15,8 @@ from fcntl import ioctl
 
 import pytest
 
+from kata.server import Job, WarmServer
+
 STEM = "ex31_scaled_dot_product_attention"
 PASSED, UNWRITTEN = r"attention  passed", r"attention  not written yet"
 
@@ -143,3 +145,30 @@ def test_a_server_that_dies_is_replaced(terminal, solution):
     terminal.wait_for("starting another")
     terminal.save(solution)
     terminal.wait_for(PASSED)
+
+
+@pytest.fixture
+def server(project):
+    opened = WarmServer(Job(str(project), STEM))
+    yield opened
+    opened.close()
+
+
+def test_what_failed_is_told_before_the_mistake_has_its_name(server, project, solution):
+    (project / "exercises" / f"{STEM}.py").write_text(
+        solution.replace(" / math.sqrt(q.shape[-1])", "")
+    )
+    server.run(Job(str(project), STEM))
+    early, last = server.receive(), server.receive()
+
+    assert early.naming and early.count("failed") and not early.mistakes
+    assert not last.naming and last.mistakes == ["The scores are not divided by √head_dim."]
+    assert [s.name for s in early.specs] == [s.name for s in last.specs]
+
+
+def test_specs_that_have_changed_are_read_again(server, project):
+    job = Job(str(project), STEM)
+    assert server.judge(job).total > 1
+    job.exercise.spec.write_text("def test_is_new():\n    pass\n")
+
+    assert [spec.name for spec in server.judge(job).specs] == ["test_is_new"]
