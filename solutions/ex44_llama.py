@@ -191,7 +191,7 @@ def generate(model: Llama, ids: Tensor, max_new_tokens: int, n_pad: Tensor | Non
     room = (ids.shape[0], config.n_kv_heads, ids.shape[1] + max_new_tokens, config.head_dim)
     caches = [KVCache(*room, weight.dtype, weight.device) for _ in model.blk]
     new = ids
-    with torch.no_grad():
+    with torch.inference_mode():
         for _ in range(max_new_tokens):
             new = model(new, caches, n_pad, last_only=True)[:, -1].argmax(-1, keepdim=True)
             ids = torch.cat((ids, new), dim=1)

@@ -16,6 +16,7 @@ from kata.attempt import Attempted, Done, gravest
 from kata.catalog import Exercise
 from kata.testing import compare
 
+VARYING = re.compile(r"\S*/\S*|\d+")  # of an error's message: paths and numbers
 Replay = Callable[["Variant | None", Attempted], list[Done]]
 
 
@@ -128,14 +129,14 @@ def recognise(
 def same(a: list[Done], b: list[Done], in_failed: bool = True) -> bool:
     """Whether two outcomes are alike: the same kind of error, or results equal up to rounding.
 
-    In a failed spec the errors must say the same too, numbers aside. In one that passed the error
-    was asked for, and everybody has words of their own.
+    In a failed spec the errors must say the same too, numbers and paths aside. In one that passed
+    the error was asked for, and everybody has words of their own.
     """
     if len(a) != len(b):
         return False
     if (p := gravest(a)) and (q := gravest(b)):  # the other ranks may have been anywhere by then
-        alike = not in_failed or re.sub(r"\d+", "", p.message) == re.sub(r"\d+", "", q.message)
-        return p.types[0] == q.types[0] and alike
+        said = [VARYING.sub("", problem.message) for problem in (p, q)]
+        return p.types[0] == q.types[0] and (not in_failed or said[0] == said[1])
     for x, y in zip(a, b, strict=True):
         if x.problem or y.problem or x.changed != y.changed:
             return False

@@ -182,10 +182,14 @@ def test_an_unknown_mistake_is_not_named(small):
 
 @pytest.mark.parametrize(
     ("message", "alike"),
-    [("shape [2, 3] into 6", True), ("shape [20, 4] into 80", True), ("no such name: x", False)],
+    [
+        ("/a: shape [2, 3] into 6", True),
+        ("/b: shape [20, 4] into 80", True),
+        ("/a: no such x", False),
+    ],
 )
-def test_a_crash_is_the_known_one_if_it_says_the_same_numbers_aside(message, alike):
-    known = [Done(problem=Problem(["RuntimeError"], "shape [2, 3] into 6"))]
+def test_a_crash_is_the_known_one_if_it_says_the_same_but_for_numbers_and_paths(message, alike):
+    known = [Done(problem=Problem(["RuntimeError"], "/tmp/a/x: shape [2, 3] into 6"))]
     mine = [Done(problem=Problem(["RuntimeError"], message))]
 
     assert same(known, mine, in_failed=True) == alike
