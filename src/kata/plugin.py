@@ -356,7 +356,7 @@ def _settle_hypothesis(seed: int) -> None:
         database=None,
         deadline=None,
         derandomize=seed == 0,
-        max_examples=50,
+        max_examples=25,
         print_blob=False,
         report_multiple_bugs=False,
         phases=[Phase.explicit, Phase.generate, Phase.shrink],  # explaining costs seconds
