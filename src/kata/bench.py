@@ -194,6 +194,55 @@ print(*(n / statistics.median(s[1:]) for s in seconds.values()))
 """
 
 
+def byte_pairs(root: Path, times: int) -> list[str]:
+    """Exercise 24 on the Python manual, beside tokenizers' trainer and the direct definition."""
+    exercise = catalog.find(root, 24)
+    out = _in_fresh_python(BYTE_PAIRS.format(exercise=exercise, times=times))
+    ours, rust, *sizes = map(float, out.split())
+    rows = [
+        _row(
+            "vocabulary of 2,000 from 465 kB, 24",
+            f"{ours:.2f} s",
+            "tokenizers' trainer",
+            f"{rust:.2f} s",
+            rust / ours,
+        )
+    ]
+    for kilobytes, quick, slow in zip(*[iter(sizes)] * 3, strict=True):
+        what = f"200 merges from {kilobytes:.0f} kB, 24"
+        beside = "direct definition"
+        rows.append(_row(what, f"{quick:.2f} s", beside, f"{slow:.1f} s", slow / quick))
+    return rows
+
+
+BYTE_PAIRS = """
+import time
+from pathlib import Path, PosixPath
+from pydoc_data.topics import topics
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from kata import attempt
+from kata.bench import median
+from kata.catalog import Exercise
+exercise = {exercise!r}
+spec, ex = attempt.load(exercise.spec), attempt.load(exercise.solution)
+text = "\\n".join(topics.values())
+def by_tokenizers():
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=2000, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator([text], trainer)
+found = [median(lambda: ex.train_bpe(text, 2000), {times}), median(by_tokenizers, {times})]
+for part in (text[: len(text) // 8], text[: len(text) // 4]):
+    start = time.perf_counter()
+    direct = spec.defined(part, 456)
+    slow = time.perf_counter() - start
+    assert ex.train_bpe(part, 456)[1] == direct["merges"]
+    found += [len(part) / 1000, median(lambda: ex.train_bpe(part, 456), {times}), slow]
+print(*found)
+"""
+
+
 def proof(root: Path, times: int) -> list[str]:
     """The whole proof, once: seconds, and for each exercise and each claim."""
     del times
@@ -230,7 +279,7 @@ def table(root: Path, times: int) -> list[str]:
         stub = catalog.find(copy, 31)
         stub.stub.write_text(stub.solution.read_text("utf-8"), "utf-8")
         rows = []
-        for measure in (front_door, save_to_verdict, four_ranks, decoding, proof):
+        for measure in (front_door, save_to_verdict, four_ranks, decoding, byte_pairs, proof):
             measured = measure(copy, times)
             print(*measured, sep="\n", flush=True)
             rows += measured
