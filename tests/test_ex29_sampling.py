@@ -114,11 +114,11 @@ def test_each_takes_what_another_has_left(attempt, rng):
 
 
 def test_temperature_zero_leaves_the_best_token_alone(attempt):
-    logits = torch.tensor([[1.0, 3.0, 2.0, 3.0], [-5.0, -1e3, -6.0, -math.inf]])
+    logits = torch.tensor([[[1.0, 3.0, 2.0, 3.0], [-5.0, -1e3, -6.0, -math.inf]]])
 
     out = attempt(distribution, "temperature", logits, 0.0)
 
-    assert_close(out["probabilities"], torch.tensor([[0.0, 1, 0, 0], [1, 0, 0, 0]]))
+    assert_close(out["probabilities"], torch.tensor([[[0.0, 1, 0, 0], [1, 0, 0, 0]]]))
 
 
 def test_top_k_keeps_all_that_tie_for_the_last_place(attempt):
