@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -129,6 +131,7 @@ def _names(says: str) -> Check:
 
 def main(exercises: list[Exercise], seed: int = 0, most: int = 99) -> int:
     """Print the proof, and a count last; the exit status."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the children are ended too
     start, every = time.perf_counter(), []
     for proved in prove(exercises, seed, most):
         every += proved
