@@ -1,0 +1,220 @@
+"""Specs for exercise 26: SentencePiece with byte fallback."""
+
+import io
+from functools import cache
+
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kata.testing import assert_close
+
+pytestmark = pytest.mark.cpu
+
+WITHOUT = ["sentencepiece.SentencePieceProcessor"]
+
+
+def tokenizer(ex, names, split_digits=True, added=""):
+    """Of these pieces, given best score first, and of added ones, which score better still."""
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0)]
+    pieces += [(f"<0x{byte:02X}>", 0.0) for byte in range(256)]
+    pieces += [(name, -float(rank)) for rank, name in enumerate(names.split(" "))]
+    pieces += [(name, 1.0) for name in added.split(" ") if name]
+    return ex.SentencePieceBPE(pieces, split_digits)
+
+
+def encode(ex, names, text, split_digits=True, added=""):
+    return tokenizer(ex, names, split_digits, added).encode(text)
+
+
+def encode_by_scores(ex, names, scores, text):
+    """The names of the pieces, which stand in another order than that of their scores."""
+    pieces = [(f"<{i}>", 0.0) for i in range(259)]
+    pieces += zip(names.split(" "), scores, strict=True)
+    return [pieces[i][0] for i in ex.SentencePieceBPE(pieces).encode(text)]
+
+
+def decode(ex, names, ids):
+    return tokenizer(ex, names).decode(ids)
+
+
+def there_and_back(ex, names, text):
+    made = tokenizer(ex, names)
+    ids = made.encode(text)
+    return {"ids": ids, "text": made.decode(ids)}
+
+
+# --- the oracle: sentencepiece, trained on a small text as Llama's was ----------------------------
+
+TEXT = """\
+low lower lowest, new newer newest: the lowest of the newest is wider than the widest
+the cat sat on the mat in 1984 and in 2024 and 2025, 10 or 100 or 1000 times
+a plot of 30 m² or 40 m² or 2024 m², naïve café, Zoë ähnlich, 日本語 日本 東京 日本語
+    if x1<s1: return x2<s2, x10<s3, x3<s3     # indented, twice
+        return aaa aaaa aaaaaaa baa f<s1 g<so
+"""
+WORDS = TEXT.split()
+
+
+@cache
+def oracle(split_digits=True):
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT.splitlines()), model_writer=written, model_type="bpe",
+        vocab_size=259 + 120, byte_fallback=True, split_digits=split_digits,
+        normalization_rule_name="identity", remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True, split_by_unicode_script=False,
+        character_coverage=1.0, num_threads=1, minloglevel=2,
+    )  # fmt: skip
+    return sentencepiece.SentencePieceProcessor(model_proto=written.getvalue())
+
+
+@cache
+def vocabulary(split_digits=True):
+    """The names of its pieces, those of the specials and bytes aside, best score first."""
+    model = oracle(split_digits)
+    return " ".join(model.id_to_piece(i) for i in range(259, model.vocab_size()))
+
+
+def id_of(piece):
+    return oracle().piece_to_id(piece)
+
+
+# --- encode --------------------------------------------------------------------------------------
+
+
+def test_merges_the_pieces_that_sentencepiece_merges(attempt, np_rng):
+    text = " ".join(np_rng.choice(WORDS, 30))
+
+    ids = attempt(encode, vocabulary(), text)
+
+    assert_close(ids, oracle().encode(text))
+
+
+def test_goes_by_the_scores_and_not_by_the_ids(attempt, np_rng):
+    names, order = vocabulary().split(" "), np_rng.permutation(120)
+    shuffled, scores = " ".join(names[i] for i in order), [-float(i) for i in order]
+    text = "the lowest of the newest naïve returns, <so wider aaaa 日本語"
+
+    pieces = attempt(encode_by_scores, shuffled, scores, text)
+
+    assert_close(pieces, oracle().encode(text, out_type=str))
+
+
+@pytest.mark.parametrize("text", ["baaaaa", "aaaaaaa", "eseses", "lololow"])
+def test_merges_the_leftmost_of_equal_pairs(attempt, text):
+    ids = attempt(encode, vocabulary(), text)
+
+    assert_close(ids, oracle().encode(text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "low", "low low", " low", "   low    the  ", " ", "   ", "\nlow\t low\n", "low▁low_low"],
+    ids=[
+        "nothing",
+        "word",
+        "words",
+        "indented",
+        "many",
+        "1",
+        "3",
+        "newline_and_tab",
+        "written_out",
+    ],
+)
+def test_puts_a_space_before_the_text_and_keeps_all_others(attempt, text):
+    ids = attempt(encode, vocabulary(), text)
+
+    assert_close(ids, oracle().encode(text))
+
+
+@pytest.mark.parametrize("text", ["in 2024 m²", "1984", "x1<s1 x10", "1000²"])
+def test_keeps_digits_apart_whatever_the_vocabulary_holds(attempt, text):
+    added = "20 24 2024 ▁1 x1 00 0² <s1"
+
+    ids = attempt(encode, vocabulary(), text, added=added)
+
+    assert_close(ids, oracle().encode(text))
+
+
+@pytest.mark.parametrize("text", ["in 2024 m²", "1984", "x1<s1 x10", "1000²"])
+def test_merges_digits_where_they_need_not_stay_apart(attempt, text):
+    ids = attempt(encode, vocabulary(split_digits=False), text, split_digits=False)
+
+    assert_close(ids, oracle(split_digits=False).encode(text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["🙂", "low 🙂🙃 the", "ñ ñandú", "中日本", "e\u0301 𝄞\u200b", "\x00\x7f"],
+    ids=["alone", "two", "latin", "beside_known", "combining", "control"],
+)
+def test_falls_back_to_the_bytes_of_an_unknown_character(attempt, text):
+    ids = attempt(encode, vocabulary(), text)
+
+    assert_close(ids, oracle().encode(text))
+
+
+@pytest.mark.parametrize("text", ["x<s>", "x<s>1</s>", "<unk>", "<0x41>"])
+def test_takes_no_text_for_a_special_or_a_byte(attempt, text):
+    ids = attempt(encode, vocabulary(), text)
+
+    assert_close(ids, oracle().encode(text))
+
+
+# --- decode --------------------------------------------------------------------------------------
+
+EURO, SMILE = (bytes(text, "utf-8") for text in "€🙂")
+
+
+@pytest.mark.parametrize(
+    "read",
+    [EURO, EURO + b"A" + SMILE + EURO, EURO[:2], SMILE[:3] + EURO, EURO[1:], b"\xff\xfeA",
+     b"\xc0\x80", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", b" A"],
+    ids=["whole", "several", "cut_off", "cut_off_and_whole", "beginning_missing", "never_used",
+         "overlong", "surrogate", "beyond_unicode", "space"],
+)  # fmt: skip
+@pytest.mark.parametrize("before", ["", "▁low"], ids=["first", "after_a_piece"])
+def test_reads_neighbouring_bytes_as_utf_8_together(attempt, read, before):
+    ids = [id_of(before)] if before else []
+    ids += [3 + byte for byte in read] + [id_of("▁the")]
+
+    text = attempt(decode, vocabulary(), ids)
+
+    assert_close(text, oracle().decode(ids))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [[], ["▁low", "▁the"], ["low", "▁the"], ["▁", "low"], ["▁▁", "low", "▁▁"], ["▁", "▁▁", "▁low"],
+     ["<s>", "▁low", "</s>"], ["<s>", "▁", "▁low"], ["<unk>", "▁low", "<unk>"]],
+    ids=lambda names: " ".join(names) or "nothing",
+)  # fmt: skip
+def test_takes_away_only_the_space_that_encode_has_put_there(attempt, names):
+    ids = [id_of(name) for name in names]
+
+    text = attempt(decode, vocabulary(), ids)
+
+    assert_close(text, oracle().decode(ids))
+
+
+@pytest.mark.parametrize("wrong", [-1, 379])
+def test_rejects_an_id_that_is_not_in_the_vocabulary(attempt, wrong):
+    with pytest.raises(IndexError, match=str(wrong)):
+        attempt(decode, vocabulary(), [300, wrong])
+
+
+# --- both ----------------------------------------------------------------------------------------
+
+known = st.sampled_from([*WORDS, " ", "  ", "\n", "1", "20", "🙂", "<s>", "aa", "日"])
+characters = st.one_of(st.integers(0, 0xD7FF), st.integers(0xE000, 0x10FFFF)).map(chr)
+
+
+@given(text=st.lists(known | characters.filter("▁".__ne__), max_size=12).map("".join))
+@settings(max_examples=15)
+def test_brings_any_text_back_whole(attempt, text):
+    out = attempt(there_and_back, vocabulary(), text)
+
+    assert_close(out, {"ids": oracle().encode(text), "text": text})
