@@ -13,7 +13,7 @@ from kata.testing import assert_close
 pytestmark = pytest.mark.cpu
 
 # No two sizes are equal, nor are any two that 3·, 4· and / n_heads make of them.
-SIZES = {"vocab_size": 23, "block_size": 11, "n_layers": 2, "n_heads": 3, "d_model": 15}
+SIZES = {"vocab_size": 23, "block_size": 7, "n_layers": 2, "n_heads": 3, "d_model": 15}
 GPT2 = SIZES | {"pre_norm": True}
 GPT1 = SIZES | {"pre_norm": False}
 
@@ -147,7 +147,7 @@ def stored(name, weight):
 # --- the model -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seq_len", [1, 6, 11])
+@pytest.mark.parametrize("seq_len", [1, 6, 7])
 def test_gives_the_logits_of_gpt_2(attempt, rng, seq_len):
     weights, tokens = make_weights(GPT2, rng), make_tokens(GPT2, rng, 4, seq_len)
 
@@ -156,9 +156,8 @@ def test_gives_the_logits_of_gpt_2(attempt, rng, seq_len):
     assert_close(logits, oracle(GPT2, weights)(tokens).logits)
 
 
-@pytest.mark.parametrize("seq_len", [1, 6, 11])
-def test_gives_the_logits_of_gpt_1_in_the_post_norm_form(attempt, rng, seq_len):
-    weights, tokens = make_weights(GPT1, rng), make_tokens(GPT1, rng, 4, seq_len)
+def test_gives_the_logits_of_gpt_1_in_the_post_norm_form(attempt, rng):
+    weights, tokens = make_weights(GPT1, rng), make_tokens(GPT1, rng, 4, 6)
 
     logits = attempt(logits_of, GPT1, weights, tokens)
 
@@ -167,8 +166,8 @@ def test_gives_the_logits_of_gpt_1_in_the_post_norm_form(attempt, rng, seq_len):
 
 @pytest.mark.parametrize("config", [GPT2, GPT1], ids=["gpt_2", "gpt_1"])
 def test_gives_every_parameter_its_gradient(attempt, rng, config):
-    weights, tokens = make_weights(config, rng), make_tokens(config, rng, 4, 7)
-    targets = make_tokens(config, rng, 4, 7)
+    weights, tokens = make_weights(config, rng), make_tokens(config, rng, 3, 5)
+    targets = make_tokens(config, rng, 3, 5)
 
     gradients = attempt(gradients_of, config, weights, tokens, targets)
 
@@ -186,18 +185,17 @@ def test_holds_each_weight_once_and_no_other(attempt, config):
     assert_close(sizes, sorted(math.prod(shape) for shape in shapes(config).values()))
 
 
-@settings(max_examples=15)
+@settings(max_examples=6)
 @given(
     pre_norm=st.booleans(),
-    n_layers=st.integers(1, 3),
     n_heads=st.sampled_from([1, 3, 5]),
-    changed=st.integers(0, 10),
+    changed=st.integers(0, 6),
     seed=st.integers(0, 999),
 )
-def test_lets_no_logit_depend_on_a_later_token(attempt, pre_norm, n_layers, n_heads, changed, seed):
+def test_lets_no_logit_depend_on_a_later_token(attempt, pre_norm, n_heads, changed, seed):
     rng = torch.Generator().manual_seed(seed)
-    config = SIZES | {"pre_norm": pre_norm, "n_layers": n_layers, "n_heads": n_heads}
-    weights, tokens = make_weights(config, rng), make_tokens(config, rng, 1, 11)
+    config = SIZES | {"pre_norm": pre_norm, "n_heads": n_heads}
+    weights, tokens = make_weights(config, rng), make_tokens(config, rng, 1, 7)
     other = tokens.clone()
     other[:, changed] = (tokens[:, changed] + 1) % config["vocab_size"]
 
@@ -205,21 +203,20 @@ def test_lets_no_logit_depend_on_a_later_token(attempt, pre_norm, n_layers, n_he
 
     assert_close(logits[0, :changed], logits[1, :changed])
     differs = (logits[0, changed:] != logits[1, changed:]).any(dim=-1)
-    assert differs.all(), (
-        f"only {int(differs.sum())} of the {11 - changed} rows that see it changed"
-    )
+    assert differs.all(), f"only {int(differs.sum())} of the {7 - changed} rows that see it changed"
 
 
 def test_rejects_more_tokens_than_block_size(attempt, rng):
-    tokens = make_tokens(GPT2, rng, 2, 12)
+    tokens = make_tokens(GPT2, rng, 2, 8)
 
-    with pytest.raises(ValueError, match=r"11.*12|12.*11"):
+    with pytest.raises(ValueError, match=r"7.*8|8.*7"):
         attempt(logits_of, GPT2, {}, tokens)
 
 
 # --- the start -----------------------------------------------------------------------------------
 
-# The chance that a right version fails one check of this section, at most.
+# The chance that a right version fails one check of this section, at most. A run makes 84 of
+# these checks, so that it fails a right version with probability 1e-7 at most.
 DELTA = 1e-9
 WIDE = {"vocab_size": 131, "block_size": 61, "n_layers": 3, "n_heads": 2, "d_model": 32}
 DRAWS = 3
@@ -278,7 +275,7 @@ def test_starts_with_a_loss_near_ln_vocab_size(attempt, rng, pre_norm):
     # σ = 0.02·√d_model about 0, and the mean of exp(logit) is exp(σ²/2): the first term. The
     # token just read scores higher, by at most √d_model·|wte[token]|, about 0.02·d_model (we
     # allow twice that): the second. The third is six deviations of the means of the targets'
-    # logits and of all logits.
+    # logits and of all logits. Together that is 0.055, less than 1 % of ln vocab_size.
     sigma, n = 0.02 * math.sqrt(config["d_model"]), targets.numel()
     bound = sigma**2 / 2 + math.exp(2 * 0.02 * config["d_model"]) / config["vocab_size"]
     bound += 6 * sigma * math.sqrt(1 / n + 1 / config["vocab_size"])
@@ -293,17 +290,19 @@ def test_starts_with_a_loss_near_ln_vocab_size(attempt, rng, pre_norm):
 
 
 @pytest.mark.parametrize(
-    ("config", "given_tokens"),
-    [(GPT2, 3), (GPT2, 13), (GPT1, 9)],
+    ("config", "n_given", "n_new"),
+    [(GPT2, 3, 6), (GPT2, 9, 3), (GPT1, 6, 3)],
     ids=["gpt_2_short_prompt", "gpt_2_prompt_beyond_block_size", "gpt_1"],
 )
-def test_writes_what_the_last_block_size_tokens_make_likeliest(attempt, rng, config, given_tokens):
-    weights, tokens = make_weights(config, rng), make_tokens(config, rng, 8, given_tokens)
+def test_writes_what_the_last_block_size_tokens_make_likeliest(
+    attempt, rng, config, n_given, n_new
+):
+    weights, tokens = make_weights(config, rng), make_tokens(config, rng, 8, n_given)
 
-    written = attempt(generate, config, weights, tokens, 14, 0)
+    written = attempt(generate, config, weights, tokens, n_new, 0)
 
     model, expected = oracle(config, weights), tokens
-    for _ in range(14):
+    for _ in range(n_new):
         logits = model(expected[:, -config["block_size"] :]).logits[:, -1]
         expected = torch.cat([expected, logits.argmax(dim=-1, keepdim=True)], dim=1)
     assert_close(written, expected)
@@ -317,10 +316,10 @@ def test_returns_the_tokens_as_given_when_none_are_to_be_added(attempt, rng):
 
 @pytest.mark.parametrize("temperature", [0.5, None, 2.0], ids=["half", "unsaid", "double"])
 def test_draws_each_token_as_often_as_the_temperature_says(attempt, rng, temperature):
-    n = 2000
-    weights, tokens = make_weights(GPT2, rng), make_tokens(GPT2, rng, 1, 4)
+    n = 1000
+    weights, tokens = make_weights(GPT2, rng), make_tokens(GPT2, rng, 1, 2)
 
-    written = attempt(generate, GPT2, weights, tokens.expand(n, 4), 1, temperature)
+    written = attempt(generate, GPT2, weights, tokens.expand(n, 2), 1, temperature)
 
     counts = torch.bincount(written[:, -1], minlength=GPT2["vocab_size"]).double()
     logits = oracle(GPT2, weights)(tokens).logits[0, -1].detach()

@@ -243,6 +243,87 @@ print(*found)
 """
 
 
+def streaming(root: Path, times: int) -> list[str]:
+    """What exercise 25 holds at once while it reads a text in chunks, beside the whole text."""
+    del times
+    exercise = catalog.find(root, 25)
+    out = _in_fresh_python(STREAMING.format(exercise=exercise))
+    ours, whole, length = map(float, out.split())
+    what = f"memory to encode {length:.1f} MB in chunks, 25"
+    return [_row(what, f"{ours:.2f} MB", "all at once", f"{whole:.1f} MB", whole / ours)]
+
+
+STREAMING = """
+import tracemalloc
+from pathlib import Path, PosixPath
+from pydoc_data.topics import topics
+from kata import attempt
+from kata.catalog import Exercise, find
+exercise = {exercise!r}
+attempt.use_parts(exercise.solution.parent)
+ex = attempt.load(exercise.solution)
+pages = list(topics.values()) * 4
+learnt = attempt.load(find(exercise.root, 24).solution).train_bpe("".join(topics.values()), 2000)
+def peak(read):
+    tokenizer = ex.Tokenizer(*learnt)
+    tokenizer.encode("".join(topics.values()))  # the words that it may remember
+    tracemalloc.start()
+    n_ids = read(tokenizer)
+    held = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return n_ids, held / 1e6
+def chunks():
+    for page in pages:
+        for start in range(0, len(page), 4096):
+            yield page[start : start + 4096]
+n_streamed, streamed = peak(lambda tokenizer: sum(1 for _ in tokenizer.encode_iterable(chunks())))
+n_whole, whole = peak(lambda tokenizer: len(tokenizer.encode("".join(pages))))
+assert n_streamed == n_whole
+print(streamed, whole, sum(map(len, pages)) / 1e6)
+"""
+
+
+def writing_in_jax(root: Path, times: int) -> list[str]:
+    """A token of exercise 38's generate, and one for which `forward` reads the whole text again."""
+    exercise = catalog.find(root, 38)
+    a, b = map(float, _in_fresh_python(WRITING.format(exercise=exercise, times=times)).split())
+    return [_row("ms a token, 38", f"{a:.2f}", "`forward` for every token", f"{b:.2f}", b / a)]
+
+
+WRITING = """
+import time, statistics
+from pathlib import Path, PosixPath
+import jax, jax.numpy as jnp
+from kata import attempt
+from kata.catalog import Exercise
+exercise = {exercise!r}
+ex = attempt.load(exercise.solution)
+jax.config.update("jax_platforms", "cpu")
+config, n = ex.GPTConfig(vocab_size=1000, block_size=128, n_layers=4, n_heads=4, d_model=128), 112
+params, key = ex.init_params(jax.random.key(0), config), jax.random.key(1)
+tokens = jnp.arange(16, dtype=jnp.int32)[None]
+
+@jax.jit
+def again(params, tokens):
+    def step(text, position):
+        new = ex.forward(params, config, text)[:, position - 1].argmax(axis=-1)
+        return text.at[:, position].set(new), None
+    text = jnp.pad(tokens, ((0, 0), (0, n)))
+    return jax.lax.scan(step, text, tokens.shape[1] + jnp.arange(n))[0]
+
+seconds = {{"ours": [], "again": []}}
+for _ in range({times} + 1):  # in turn, so that a busy moment hits both
+    start = time.perf_counter()
+    a = ex.generate(params, config, tokens, n, key, 0.0).block_until_ready()
+    middle = time.perf_counter()
+    b = again(params, tokens).block_until_ready()
+    seconds["ours"].append(middle - start)
+    seconds["again"].append(time.perf_counter() - middle)
+assert (a == b).all(), "they say different things"
+print(*(1000 * statistics.median(s[1:]) / n for s in seconds.values()))
+"""
+
+
 def proof(root: Path, times: int) -> list[str]:
     """The whole proof, once: seconds, and for each exercise and each claim."""
     del times
@@ -279,7 +360,16 @@ def table(root: Path, times: int) -> list[str]:
         stub = catalog.find(copy, 31)
         stub.stub.write_text(stub.solution.read_text("utf-8"), "utf-8")
         rows = []
-        for measure in (front_door, save_to_verdict, four_ranks, decoding, byte_pairs, proof):
+        for measure in (
+            front_door,
+            save_to_verdict,
+            four_ranks,
+            decoding,
+            byte_pairs,
+            streaming,
+            writing_in_jax,
+            proof,
+        ):
             measured = measure(copy, times)
             print(*measured, sep="\n", flush=True)
             rows += measured

@@ -180,6 +180,18 @@ def test_an_unknown_mistake_is_not_named(small):
     assert report.state == "failed" and report.mistakes == []
 
 
+def test_a_model_is_trained_once_the_other_specs_pass(small):
+    with (small.root / "tests/test_ex05_doubling.py").open("a") as spec:
+        spec.write("\n\n@pytest.mark.train\ndef test_learns(attempt):\n    pass\n")
+
+    wrong, right = small.submit("return 3 * x")[1], small.submit(SOLUTION)[1]
+
+    assert [s.reason for s in wrong.specs if s.status == "skipped"] == [
+        "trains once the other specs pass"
+    ]
+    assert right.state == "passed" and right.count("passed") == 4
+
+
 @pytest.mark.parametrize(
     ("message", "alike"),
     [

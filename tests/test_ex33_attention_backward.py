@@ -1,0 +1,288 @@
+"""Specs for exercise 33: attention, backward."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import grad, gradcheck
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from kata.testing import assert_close
+
+pytestmark = pytest.mark.cpu
+
+WITHOUT = ["torch.nn.functional.scaled_dot_product_attention"]
+
+kinds = pytest.mark.parametrize("kind", ["Attention", "RecomputingAttention"])
+masks = pytest.mark.parametrize("causal", [False, True], ids=["plain", "causal"])
+
+
+# --- run on the code under test ------------------------------------------------------------------
+
+
+def derive(ex, q, k, v, p, grad_out):
+    return ex.attention_gradients(q, k, v, p, grad_out)
+
+
+def attend(ex, kind, q, k, v, causal, grad_out):
+    """The result, and the gradients of q, k and v."""
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out = getattr(ex, kind).apply(*inputs, causal)
+    return out, *grad(out, inputs, grad_out)
+
+
+def attend_again(ex, kind, q, k, v, causal, grad_out):
+    """Two backward passes over one graph."""
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out = getattr(ex, kind).apply(*inputs, causal)
+    return grad(out, inputs, grad_out, retain_graph=True), grad(out, inputs, grad_out)
+
+
+def attend_twice(ex, kind, q, k, v, causal, direction):
+    """The gradients of out² along a direction, differentiated again, or "refused"."""
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out = getattr(ex, kind).apply(*inputs, causal)
+    first = grad((out**2).sum(), inputs, create_graph=True)
+    try:
+        return grad(first, inputs, direction)
+    except RuntimeError:
+        return "refused"
+
+
+def check(ex, kind, q, k, v, causal):
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    return gradcheck(getattr(ex, kind).apply, (*inputs, causal))
+
+
+def keeps(ex, kind, q, k, v, causal):
+    """The bytes that the graph keeps alive: saved for backward, or put on ctx itself."""
+    saved, on_ctx = {}, {}
+
+    def pack(x):
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with saved_tensors_hooks(pack, lambda x: x):
+        inputs = [x.requires_grad_() for x in (q, k, v)]
+        out = getattr(ex, kind).apply(*inputs, causal)
+    for x in tensors_in(list(vars(out.grad_fn).values())):
+        on_ctx[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+    return {"saved": sum(saved.values()), "on ctx": sum(on_ctx.values())}
+
+
+def tensors_in(data):
+    """Every tensor in nested lists, tuples and dicts."""
+    if isinstance(data, torch.Tensor):
+        return [data]
+    if isinstance(data, dict):
+        data = list(data.values())
+    return [x for y in data for x in tensors_in(y)] if isinstance(data, (list, tuple)) else []
+
+
+def costs(ex, kind, q, k, v, grad_out):
+    """The flops of matrix products in the backward pass."""
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    out = getattr(ex, kind).apply(*inputs, False)
+    with FlopCounterMode(display=False) as counter:
+        grad(out, inputs, grad_out)
+    return counter.get_total_flops()
+
+
+# --- the oracle: torch ---------------------------------------------------------------------------
+
+
+class Fused:
+    @staticmethod
+    def apply(q, k, v, causal):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+
+class oracle:
+    """torch's own attention under the names of the exercise."""
+
+    Attention = RecomputingAttention = Fused
+
+
+class plain:
+    """The equation in torch, which can be differentiated twice."""
+
+    class Attention:
+        @staticmethod
+        def apply(q, k, v, causal):
+            return weights_of(q, k, causal) @ v
+
+    RecomputingAttention = Attention
+
+
+def weights_of(q, k, causal):
+    scores = q @ k.mT / math.sqrt(q.shape[-1])
+    mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    return torch.softmax(scores.masked_fill(~mask, -math.inf) if causal else scores, -1)
+
+
+# --- inputs --------------------------------------------------------------------------------------
+
+
+def randn(rng, *shape):
+    return torch.randn(shape, generator=rng, dtype=torch.float64)
+
+
+def make_inputs(rng, n_queries=3, n_keys=5, head_dim=4, value_dim=6, batch=()):
+    """q, k, v, and the gradient of the result. All sizes differ."""
+    q, k = randn(rng, *batch, n_queries, head_dim), randn(rng, *batch, n_keys, head_dim)
+    return q, k, randn(rng, *batch, n_keys, value_dim), randn(rng, *batch, n_queries, value_dim)
+
+
+# --- the specs -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [(), (2, 7)], ids=["no batch", "2x7"])
+def test_the_gradients_are_those_of_autograd(attempt, rng, batch):
+    q, k, v, grad_out = make_inputs(rng, batch=batch)
+
+    grads = attempt(derive, q, k, v, weights_of(q, k, False), grad_out)
+
+    assert_close(grads, attend(oracle, "Attention", q, k, v, False, grad_out)[1:])
+
+
+@kinds
+@masks
+def test_gives_result_and_gradients_of_torch_in_any_memory_layout(attempt, rng, kind, causal):
+    inputs = make_inputs(rng, n_keys=3 if causal else 5, batch=(2, 7))
+    # As projections leave them: (batch, seq_len, n_heads, …) in memory, viewed heads first.
+    q, k, v, grad_out = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs)
+
+    results = attempt(attend, kind, q, k, v, causal, grad_out)
+
+    assert_close(results, attend(oracle, kind, q, k, v, causal, grad_out))
+
+
+@kinds
+@settings(max_examples=10)
+@given(sizes=st.tuples(*[st.integers(1, 4)] * 4), causal=st.booleans(), seed=st.integers(0, 999))
+def test_works_for_every_size(attempt, kind, sizes, causal, seed):
+    rng = torch.Generator().manual_seed(seed)
+    n_queries, n_keys, *dims = sizes
+    q, k, v, grad_out = make_inputs(rng, n_queries, n_queries if causal else n_keys, *dims)
+
+    results = attempt(attend, kind, q, k, v, causal, grad_out)
+
+    assert_close(results, attend(oracle, kind, q, k, v, causal, grad_out))
+
+
+@kinds
+@masks
+def test_agrees_with_finite_differences(attempt, rng, kind, causal):
+    q, k, v, _ = make_inputs(rng, n_keys=3 if causal else 4, head_dim=2, value_dim=5)
+
+    assert attempt(check, kind, q, k, v, causal) is True
+
+
+@kinds
+def test_stays_exact_when_the_scores_are_far_too_large_for_exp(attempt, rng, kind):
+    q, k, v, grad_out = make_inputs(rng)
+    signs = torch.tensor([[-1.0], [1.0], [-1.0]])  # scores above 10⁴ in row 1, else below −10⁴
+    q, k = 1e4 * signs * (q.abs() + 1), k.abs() + 1
+
+    results = attempt(attend, kind, q, k, v, False, grad_out)
+
+    # Scores of 10⁵ are exact to 10⁻¹¹ in float64, and q multiplies that by 10⁴ in dk.
+    assert_close(results, attend(plain, kind, q, k, v, False, grad_out), atol=1e-5)
+
+
+@kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_keeps_the_dtype_of_its_inputs(attempt, rng, kind, dtype):
+    inputs = make_inputs(rng, n_queries=5, batch=(2,))
+    q, k, v, grad_out = (x.to(dtype) for x in inputs)
+
+    results = attempt(attend, kind, q, k, v, True, grad_out)
+
+    wide = (x.double() for x in (q, k, v))
+    expected = attend(oracle, kind, *wide, True, grad_out.double())
+    # Scores of about 4 carry errors of a few eps into the weights, and gradients reach 10.
+    tolerance = 32 * torch.finfo(dtype).eps
+    assert_close(results, [x.to(dtype) for x in expected], atol=tolerance)
+
+
+@kinds
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_finds_exact_weights_where_a_coarse_log_sum_exp_would_not(attempt, rng, kind, dtype):
+    q, k, v, grad_out = (x.to(dtype) for x in make_inputs(rng))
+    # Scores of 96, 97, … 100: exact in either dtype, unlike the logarithm of a sum.
+    q, k = torch.full_like(q, 2), 24 + torch.randint(2, k.shape, generator=rng).to(dtype)
+
+    results = attempt(attend, kind, q, k, v, False, grad_out)
+
+    expected = attend(oracle, kind, *(x.double() for x in (q, k, v)), False, grad_out.double())
+    # Weights and gradients of scores are rounded to eps. In dq that of 5 keys adds up, 24 large.
+    tolerance = 32 * torch.finfo(dtype).eps
+    for i, (result, wide) in enumerate(zip(results, expected, strict=True)):
+        rounded = tolerance * (24 if i == 1 else 1)
+        assert_close(result, wide.to(dtype), atol=rounded)
+
+
+@kinds
+def test_backward_leaves_what_was_kept_as_it_was(attempt, rng, kind):
+    q, k, v, grad_out = make_inputs(rng)
+
+    first, second = attempt(attend_again, kind, q, k, v, False, grad_out)
+
+    expected = attend(oracle, kind, q, k, v, False, grad_out)[1:]
+    assert_close((first, second), (expected, expected))
+
+
+@kinds
+@masks
+def test_gives_no_silently_wrong_second_derivative(attempt, rng, kind, causal):
+    q, k, v, _ = make_inputs(rng, n_keys=3)
+    direction = [randn(rng, *x.shape) for x in (q, k, v)]
+
+    second = attempt(attend_twice, kind, q, k, v, causal, direction)
+
+    expected = attend_twice(plain, kind, q, k, v, causal, direction)
+    assert_close(second, "refused" if isinstance(second, str) else expected)
+
+
+def test_attention_keeps_one_tensor_of_weights(attempt, rng):
+    q, k, v, out = make_inputs(rng, 40, 30)
+
+    kept = attempt(keeps, "Attention", q, k, v, False)
+
+    bound = sum(x.nbytes for x in (q, k, v, out)) + 40 * 30 * 8
+    assert kept["saved"] <= bound, f"keeps {kept['saved']} bytes, needs no more than {bound}"
+    assert kept["on ctx"] <= 64, f"keeps {kept['on ctx']} bytes on ctx, past save_for_backward"
+
+
+@masks
+def test_recomputing_attention_keeps_nothing_that_grows_with_the_square(attempt, rng, causal):
+    for seq_len in (10, 40, 160):
+        q, k, v, out = make_inputs(rng, seq_len, seq_len)
+
+        kept = attempt(keeps, "RecomputingAttention", q, k, v, causal)
+
+        bound = sum(x.nbytes for x in (q, k, v, out)) + 4 * seq_len * 8
+        assert kept["saved"] <= bound, f"keeps {kept['saved']} bytes, needs no more than {bound}"
+        assert kept["on ctx"] <= 64, f"keeps {kept['on ctx']} bytes on ctx, past save_for_backward"
+
+
+@pytest.mark.parametrize(("kind", "n_products"), [("Attention", 4), ("RecomputingAttention", 5)])
+def test_backward_computes_each_matrix_product_once(attempt, rng, kind, n_products):
+    q, k, v, grad_out = make_inputs(rng, 8, 9, head_dim=5, value_dim=5, batch=(2,))
+
+    flops = attempt(costs, kind, q, k, v, grad_out)
+
+    product = 2 * 2 * 8 * 9 * 5
+    assert flops <= n_products * product, f"{flops / product:g} products, {n_products} are enough"
+
+
+@kinds
+def test_rejects_causal_attention_to_another_number_of_keys(attempt, rng, kind):
+    q, k, v, grad_out = make_inputs(rng)
+
+    with pytest.raises(ValueError, match=r"(?s)(?=.*\b3\b).*\b5\b"):
+        attempt(attend, kind, q, k, v, True, grad_out)
