@@ -276,8 +276,9 @@ def test_backward_computes_each_matrix_product_once(attempt, rng, kind, n_produc
 
     flops = attempt(costs, kind, q, k, v, grad_out)
 
-    product = 2 * 2 * 8 * 9 * 5
-    assert flops <= n_products * product, f"{flops / product:g} products, {n_products} are enough"
+    # A sum over a row of weights may be written as a product with a vector, a fifth as large.
+    n_done = flops / (2 * 2 * 8 * 9 * 5)
+    assert n_done <= n_products + 0.5, f"{n_done:g} products, {n_products} are enough"
 
 
 @kinds
