@@ -1,10 +1,12 @@
-"""The picture of exercise 40: the angle of each pair at each position, and what a score sees."""
+"""The picture of exercise 40: the two layouts, the angle of each pair, and what a score sees."""
 
 import math
 from types import ModuleType
 
 import torch
 from matplotlib.figure import Figure
+
+from ex30_positional_encoding import sinusoidal
 
 HEAD_DIM, N_POSITIONS = 64, 256
 
@@ -14,14 +16,37 @@ def draw(ex: ModuleType) -> Figure:
     n_pairs = HEAD_DIM // 2
     positions = torch.arange(N_POSITIONS)
     frequencies = ex.rope_frequencies(HEAD_DIM)
-    start = torch.cat((torch.ones(n_pairs), torch.zeros(n_pairs))).double()
-    turned = ex.apply_rope_half(start.expand(N_POSITIONS, HEAD_DIM), positions, frequencies)
-    angles = torch.atan2(turned[:, n_pairs:], turned[:, :n_pairs])
-    scores = turned @ turned[0] / n_pairs
+    ones, zeros = torch.ones(n_pairs).double(), torch.zeros(n_pairs).double()
+    starts = {
+        ex.apply_rope_interleaved: torch.stack((ones, zeros), dim=1).flatten(),
+        ex.apply_rope_half: torch.cat((ones, zeros)),
+    }
+    interleaved, half = (
+        rotate(start.expand(N_POSITIONS, HEAD_DIM), positions, frequencies)
+        for rotate, start in starts.items()
+    )
+    angles = torch.atan2(half[:, n_pairs:], half[:, :n_pairs])
+    scores = half @ half[0] / n_pairs
 
-    figure = Figure(figsize=(9, 6.4), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    image = top.imshow(
+    figure = Figure(figsize=(11, 8.4), layout="constrained")
+    rows = figure.subfigures(2, 1, height_ratios=(1, 1))
+    tables = {
+        "exercise 30: added to the vector\nsin, cos, sin, cos …": sinusoidal(
+            N_POSITIONS, HEAD_DIM, torch.float64
+        ),
+        "interleaved: (1, 0), (1, 0) … turned\ncos, sin, cos, sin …": interleaved,
+        "half: the same pairs, apart\ncos, cos … sin, sin …": half,
+    }
+    axes = rows[0].subplots(1, 3, sharey=True)
+    for axis, (title, table) in zip(axes, tables.items(), strict=True):
+        image = axis.imshow(table.T, cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("position")
+    axes[0].set_ylabel("feature")
+    rows[0].colorbar(image, ax=axes, pad=0.01, ticks=[-1, 0, 1])
+
+    left, right = rows[1].subplots(1, 2, width_ratios=(3, 2))
+    image = left.imshow(
         angles.T,
         cmap="twilight_shifted",
         vmin=-math.pi,
@@ -29,22 +54,22 @@ def draw(ex: ModuleType) -> Figure:
         aspect="auto",
         interpolation="nearest",
     )
-    top.set_ylabel("pair i")
+    left.set(ylabel="pair i", xlabel="position")
     turns = 2 * math.pi / frequencies  # positions
-    top.set_title(
-        "Early pairs spin, late pairs creep: one turn takes "
+    left.set_title(
+        "Early pairs spin, late pairs creep: one turn takes\n"
         f"{turns[0]:.1f} positions at pair 0, {turns[-1]:,.0f} at pair {n_pairs - 1}",
-        fontsize=11,
+        fontsize=10,
     )
-    bar = figure.colorbar(image, ax=top, ticks=[-math.pi, 0, math.pi], pad=0.01)
+    bar = rows[1].colorbar(image, ax=left, ticks=[-math.pi, 0, math.pi], pad=0.01)
     bar.ax.set_yticklabels(["−π", "0", "π"])
     bar.set_label("angle (radians)")
-    bottom.plot(positions, scores, color="#5b3f8c", linewidth=1.2)
-    bottom.axhline(0, color="0.7", linewidth=0.8)
-    bottom.set_ylabel("score, 1 at no distance")
-    bottom.set_xlabel("position, and so the distance from position 0 (tokens)")
-    bottom.set_title(
-        "The dot product of the vector with itself some positions on: it falls with the distance",
-        fontsize=11,
+    right.plot(positions, scores, color="#5b3f8c", linewidth=1.2)
+    right.axhline(0, color="0.7", linewidth=0.8)
+    right.set_ylabel("score, 1 at no distance")
+    right.set_xlabel("distance (tokens)")
+    right.set_title(
+        "The vector's dot product with itself\nsome positions on: it falls with the distance",
+        fontsize=10,
     )
     return figure
