@@ -1,0 +1,158 @@
+"""Exercise 48: Mistral's sliding window and its rolling cache.
+
+A token looks at the last `window` tokens alone, itself among them. What lies further back still
+reaches it: each layer carries it up to window − 1 tokens on. So the cost of a token stops growing,
+and so does the cache, whose slots are used again and again:
+
+    out_i = attention(q_i, k_j, v_j)    over the j with i − window < j ≤ i
+    token t stands in slot t mod window, until token t + window takes it
+
+A long prompt is read in chunks, each of which looks at the cache and at itself.
+
+Source: Jiang et al. 2023, "Mistral 7B", section 2, https://arxiv.org/abs/2310.06825
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ex40_rope import apply_rope_half, rope_frequencies
+from ex42_gqa import GroupedQueryAttention, grouped_query_attention
+
+
+def window_mask(q_positions: Tensor, k_positions: Tensor, window: int) -> Tensor:
+    """Tell which keys a query has in its window.
+
+    q_positions: (n_queries,) int64, in any order
+    k_positions: (n_keys,) int64, in any order
+    returns:     (n_queries, n_keys) bool, True where i − window < j ≤ i, for a query at
+                 position i and a key at position j
+    """
+    # solution
+    distances = q_positions[:, None] - k_positions
+    return (distances >= 0) & (distances < window)
+
+
+class RollingKVCache:
+    """The keys and values of the last `window` tokens, in memory that is reserved once.
+
+    window:       how many slots it has
+    length:       how many tokens came so far, the forgotten ones too; 0 at first
+    keys, values: (batch, n_kv_heads, window, head_dim), token t in slot t mod window
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        n_kv_heads: int,
+        window: int,
+        head_dim: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Reserve the slots."""
+        # solution
+        self.window = window
+        self.length = 0
+        self.keys = torch.zeros(batch, n_kv_heads, window, head_dim, dtype=dtype, device=device)
+        self.values = torch.zeros_like(self.keys)
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Put n_new tokens into their slots, and give all that these tokens may look at.
+
+        k, v:    (batch, n_kv_heads, n_new, head_dim), n_new from 1 to more than window
+        returns: keys, values, each (batch, n_kv_heads, n_keys, head_dim), and their positions,
+                 (n_keys,) int64. They hold whatever a new token has in its window, each token
+                 once, in any order; further tokens may be among them, but n_keys is at most
+                 window + n_new. Of more than window new tokens the last ones stay.
+        """
+        # solution
+        start, end = self.length, self.length + k.shape[-2]
+        kept = torch.arange(max(0, start - self.window), start, device=k.device)
+        new = torch.arange(start, end, device=k.device)
+
+        # Read, then write: the first new token still sees some that the last one replaces.
+        keys = torch.cat((self.keys[:, :, kept % self.window], k), dim=2)
+        values = torch.cat((self.values[:, :, kept % self.window], v), dim=2)
+
+        slots = new[-self.window :] % self.window  # each at most once
+        self.keys[:, :, slots] = k[:, :, -self.window :]
+        self.values[:, :, slots] = v[:, :, -self.window :]
+        self.length = end
+        return keys, values, torch.cat((kept, new))
+
+    def reset(self) -> None:
+        """Forget all tokens, and keep the memory for the next text."""
+        # solution
+        self.length = 0
+
+
+class SlidingWindowAttention(GroupedQueryAttention):
+    """Self-attention as in Mistral: grouped queries, rotary positions, a window.
+
+    Its parameters are those of exercise 42: q_proj, k_proj, v_proj and o_proj, without bias.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        n_kv_heads: int,
+        window: int,
+        rope_theta: float = 10_000.0,
+    ) -> None:
+        super().__init__(d_model, n_heads, n_kv_heads)
+        self.head_dim = d_model // n_heads
+        self.window = window
+        self.rope_theta = rope_theta
+
+    def forward(self, x: Tensor, cache: RollingKVCache | None = None) -> Tensor:
+        """Let n_new tokens look back, each at the last `window` tokens up to itself.
+
+        x:       (batch, n_new, d_model)
+        cache:   the tokens before, which x joins; None: x is the whole text, nothing is kept
+        returns: (batch, n_new, d_model)
+
+        Tokens stand in the order they came, the first one at position 0. Queries and keys are
+        turned by apply_rope_half, with the base rope_theta. A cache whose window is not that of
+        the layer raises ValueError, which names both: it would forget too early, or too late.
+        """
+        # solution
+        if cache is not None and cache.window != self.window:
+            raise ValueError(f"the layer's window is {self.window}, the cache's {cache.window}")
+        q, k, v = (
+            project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )  # (batch, n_heads or n_kv_heads, n_new, head_dim)
+
+        # A key keeps the angle of its position in the text, in whatever slot it stands.
+        start = cache.length if cache is not None else 0
+        positions = torch.arange(start, start + x.shape[1], device=x.device)
+        frequencies = rope_frequencies(self.head_dim, self.rope_theta).to(x.device)
+        q = apply_rope_half(q, positions, frequencies)
+        k = apply_rope_half(k, positions, frequencies)
+
+        k_positions = positions
+        if cache is not None:
+            k, v, k_positions = cache.append(k, v)
+        mask = window_mask(positions, k_positions, self.window)
+        out = grouped_query_attention(q, k, v, mask)
+        return self.o_proj(out.transpose(1, 2).flatten(-2))
+
+
+def prefill(
+    layer: Callable[[Tensor, RollingKVCache], Tensor],
+    x: Tensor,
+    cache: RollingKVCache,
+    chunk_size: int,
+) -> Tensor:
+    """Bring a prompt through a layer in chunks, so that the scores of one chunk fit in memory.
+
+    layer:      maps a chunk (batch, n_new, d_model) and the cache to (batch, n_new, d_model)
+    x:          (batch, seq_len, d_model)
+    chunk_size: how many tokens the layer gets at once; only the last chunk may be shorter
+    returns:    (batch, seq_len, d_model), what one call for all would give
+    """
+    # solution
+    return torch.cat([layer(chunk, cache) for chunk in x.split(chunk_size, dim=1)], dim=1)

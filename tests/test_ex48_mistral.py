@@ -1,0 +1,379 @@
+"""Specs for exercise 48: Mistral's sliding window and its rolling cache."""
+
+import math
+from itertools import accumulate
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from kata.testing import assert_close
+
+pytestmark = pytest.mark.cpu
+
+BATCH, N_HEADS, N_KV_HEADS, HEAD_DIM, WINDOW, THETA = 2, 6, 3, 4, 5, 30.0
+D_MODEL = N_HEADS * HEAD_DIM
+PROJECTIONS = {"q_proj": N_HEADS, "k_proj": N_KV_HEADS, "v_proj": N_KV_HEADS, "o_proj": N_HEADS}
+
+
+# --- what is done with the code under test -------------------------------------------------------
+
+
+def mask(ex, q_positions, k_positions, window):
+    return ex.window_mask(q_positions, k_positions, window)
+
+
+def new_cache(ex, batch, window, dtype=torch.float64):
+    return ex.RollingKVCache(batch, N_KV_HEADS, window, HEAD_DIM, dtype=dtype)
+
+
+def new_layer(ex, weights, window):
+    layer = ex.SlidingWindowAttention(D_MODEL, N_HEADS, N_KV_HEADS, window, THETA)
+    layer = layer.to(weights["q_proj.weight"].dtype)
+    layer.load_state_dict(weights)
+    return layer
+
+
+def attend(ex, weights, x, window, chunks):
+    """A text in chunks through one cache: all results in a row, and the cache's length after it."""
+    layer, cache = new_layer(ex, weights, window), new_cache(ex, len(x), window)
+    with torch.no_grad():
+        outs = [layer(chunk, cache) for chunk in x.split(chunks, dim=1)]
+    return torch.cat(outs, dim=1), cache.length
+
+
+def attend_without_cache(ex, weights, x, grad):
+    layer = new_layer(ex, weights, WINDOW)
+    out = layer(x)
+    out.backward(grad)
+    return out, {name: parameter.grad for name, parameter in layer.named_parameters()}
+
+
+def attend_after_reset(ex, weights, first, second, chunks):
+    layer, cache = new_layer(ex, weights, WINDOW), new_cache(ex, BATCH, WINDOW)
+    with torch.no_grad():
+        layer(first, cache)
+        cache.reset()
+        length = cache.length
+        outs = [layer(chunk, cache) for chunk in second.split(chunks, dim=1)]
+    return length, torch.cat(outs, dim=1)
+
+
+def attend_with_another_window(ex, weights, x, window):
+    return new_layer(ex, weights, WINDOW)(x, new_cache(ex, len(x), window))
+
+
+def append(ex, k, v, window, chunks):
+    """After each chunk: what append gave, by position, and what stands in the slots."""
+    cache, found = new_cache(ex, len(k), window, k.dtype), []
+    for new_k, new_v in zip(k.split(chunks, dim=2), v.split(chunks, dim=2), strict=True):
+        keys, values, positions = cache.append(new_k, new_v)
+        order = positions.argsort()
+        given = positions[order], keys[:, :, order], values[:, :, order]
+        found.append((given, cache.length, cache.keys.clone(), cache.values.clone()))
+    return found
+
+
+def cost_of_a_step(ex, weights, x, window):
+    """The last token's result and its flops, the bytes of the cache and those of an append."""
+    layer = new_layer(ex, weights, window)
+    with NewMemory() as reserved, torch.no_grad():
+        cache = new_cache(ex, len(x), window)
+    with torch.no_grad():
+        layer(x[:, :-1], cache)
+        with counted_flops() as counter:
+            out = layer(x[:, -1:], cache)
+        k = torch.ones(len(x), N_KV_HEADS, 1, HEAD_DIM, dtype=x.dtype)
+        with NewMemory() as of_append:
+            cache.append(k, k)
+    return out, counter.get_total_flops(), reserved.bytes, of_append.bytes
+
+
+def prefill(ex, weights, x, chunk_size, n_decoded):
+    """A prompt by prefill, the rest token by token; and how many tokens prefill gave at once."""
+    layer, cache = new_layer(ex, weights, WINDOW), new_cache(ex, len(x), WINDOW)
+    prompt, *tokens = x.split([x.shape[1] - n_decoded, *[1] * n_decoded], dim=1)
+    sizes = []
+
+    def noted(chunk, cache):
+        sizes.append(chunk.shape[1])
+        return layer(chunk, cache)
+
+    with torch.no_grad():
+        out = ex.prefill(noted, prompt, cache, chunk_size)
+        outs = [out, *(layer(token, cache) for token in tokens)]
+    return torch.cat(outs, dim=1), sizes
+
+
+def logits(ex, weights, ids, chunks):
+    """Mistral in transformers, with the attention under test and its caches in every layer."""
+    model = mistral(weights)
+    for layer in model.model.layers:
+        own = {name: layer.self_attn.get_parameter(name).data for name in weights_of_a_layer()}
+        layer.self_attn = InTheirPlace(
+            new_layer(ex, own, WINDOW), new_cache(ex, len(ids), WINDOW, torch.float64)
+        )
+    with torch.no_grad():
+        outs = [model(chunk, use_cache=False).logits for chunk in ids.split(chunks, dim=1)]
+    return torch.cat(outs, dim=1)
+
+
+class InTheirPlace(torch.nn.Module):
+    """Takes what transformers gives to an attention, and returns what it expects of one."""
+
+    def __init__(self, layer, cache):
+        super().__init__()
+        self.layer, self.cache = layer, cache
+
+    def forward(self, hidden_states, **_):
+        return self.layer(hidden_states, self.cache), None
+
+
+FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def flops_of_fused_attention(q, k, v, *_, out_shape=None, **__):
+    """PyTorch's counter knows the fused attention of GPUs only."""
+    return 2 * q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])
+
+
+def counted_flops():
+    return FlopCounterMode(display=False, custom_mapping={FUSED: flops_of_fused_attention})
+
+
+class NewMemory(TorchDispatchMode):
+    """Adds up the bytes of results that are no views of what an operation was given."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {storage(x) for x in leaves((args, kwargs or {}))}
+        self.bytes += sum(x.nbytes for x in leaves(out) if storage(x) not in given)
+        return out
+
+
+def leaves(tree):
+    return [x for x in torch.utils._pytree.tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+
+def storage(x):
+    return x.untyped_storage().data_ptr()
+
+
+# --- weights and oracles -------------------------------------------------------------------------
+
+
+def randn(rng, *shape, dtype=torch.float64):
+    return torch.randn(*shape, generator=rng, dtype=dtype)
+
+
+def weights_of_a_layer():
+    shapes = {name: (n * HEAD_DIM, D_MODEL) for name, n in PROJECTIONS.items()}
+    return {f"{name}.weight": shape for name, shape in shapes.items()}
+
+
+def random_weights(rng):
+    """Large enough that scores differ, and with them the weights of the values."""
+    return {name: 0.4 * randn(rng, *shape) for name, shape in weights_of_a_layer().items()}
+
+
+def full_cache(weights, x, window):
+    """The definition: every key is kept, turned as complex numbers, and a mask hides most."""
+    q, k, v = (
+        (x @ weights[f"{name}.weight"].mT).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2)
+        for name in ("q_proj", "k_proj", "v_proj")
+    )
+    half, n = HEAD_DIM // 2, x.shape[1]
+    frequencies = torch.tensor([1.0, THETA**-0.5], dtype=torch.float64)
+    turns = torch.exp(1j * torch.arange(n)[:, None] * frequencies)
+    q, k = (torch.complex(y[..., :half], y[..., half:]) * turns for y in (q, k))
+    k, v = (y.repeat_interleave(N_HEADS // N_KV_HEADS, dim=1) for y in (k, v))
+    scores = (q @ k.mH).real / math.sqrt(HEAD_DIM)
+    seen = torch.ones(n, n, dtype=torch.bool).tril().triu(1 - window)
+    out = torch.softmax(scores.masked_fill(~seen, -math.inf), dim=-1) @ v
+    return out.transpose(1, 2).flatten(2) @ weights["o_proj.weight"].mT
+
+
+def mistral(weights):
+    """A tiny Mistral in transformers, with these weights in the layers' attention."""
+    from transformers.models.mistral.configuration_mistral import MistralConfig
+    from transformers.models.mistral.modeling_mistral import MistralForCausalLM
+
+    config = MistralConfig(
+        vocab_size=23,
+        hidden_size=D_MODEL,
+        intermediate_size=20,
+        num_hidden_layers=2,
+        num_attention_heads=N_HEADS,
+        num_key_value_heads=N_KV_HEADS,
+        sliding_window=WINDOW,
+        rope_parameters={"rope_type": "default", "rope_theta": THETA},
+        bos_token_id=None,
+        eos_token_id=None,
+        attn_implementation="sdpa",
+    )
+    model = MistralForCausalLM(config).to(torch.float64).eval()
+    model.load_state_dict(weights)
+    return model
+
+
+def random_model(rng):
+    """Weights for all of it, large enough that everything matters."""
+    state = mistral_shapes()
+    return {
+        name: randn(rng, *shape) * 1.5 / math.sqrt(shape[-1])
+        if len(shape) == 2
+        else 1 + 0.3 * randn(rng, *shape)
+        for name, shape in state.items()
+    }
+
+
+def mistral_shapes():
+    shapes = {f"self_attn.{name}": shape for name, shape in weights_of_a_layer().items()}
+    shapes |= {f"mlp.{name}_proj.weight": (20, D_MODEL) for name in ("gate", "up")}
+    shapes |= {"mlp.down_proj.weight": (D_MODEL, 20)}
+    shapes |= {f"{name}_layernorm.weight": (D_MODEL,) for name in ("input", "post_attention")}
+    shapes = {f"model.layers.{n}.{name}": shape for n in range(2) for name, shape in shapes.items()}
+    ends = {"model.embed_tokens.weight": (23, D_MODEL), "lm_head.weight": (23, D_MODEL)}
+    return shapes | ends | {"model.norm.weight": (D_MODEL,)}
+
+
+# --- the specs -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", [1, 4, 30])
+def test_a_window_ends_with_the_token_itself(attempt, window):
+    q_positions, k_positions = torch.tensor([7, 0, 12]), torch.tensor([8, 3, 7, 0, 12, 4, 9])
+
+    seen = attempt(mask, q_positions, k_positions, window)
+
+    expected = [[j in range(i - window + 1, i + 1) for j in k_positions] for i in q_positions]
+    assert_close(seen, torch.tensor(expected))
+
+
+@pytest.mark.parametrize("n_prompt", [3, 5, 6, 17])
+def test_reads_a_prompt_and_goes_on_as_with_a_full_cache(attempt, rng, n_prompt):
+    weights, x = random_weights(rng), randn(rng, BATCH, n_prompt + 12, D_MODEL)
+
+    out, length = attempt(attend, weights, x, WINDOW, [n_prompt, *[1] * 12])
+
+    assert_close(out, full_cache(weights, x, WINDOW))
+    assert length == n_prompt + 12
+
+
+@settings(max_examples=12, phases=[Phase.generate])  # as small as they come
+@given(
+    window=st.integers(1, 6),
+    chunks=st.lists(st.integers(1, 8), min_size=1, max_size=3),
+    seed=st.integers(0, 999),
+)
+def test_takes_a_text_in_chunks_of_any_size(attempt, window, chunks, seed):
+    rng = torch.Generator().manual_seed(seed)
+    weights, x = random_weights(rng), randn(rng, 1, sum(chunks), D_MODEL)
+
+    out, _ = attempt(attend, weights, x, window, chunks)
+
+    assert_close(out, full_cache(weights, x, window))
+
+
+def test_puts_token_t_into_slot_t_mod_window(attempt, rng):
+    k = randn(rng, BATCH, N_KV_HEADS, 22, HEAD_DIM, dtype=torch.bfloat16)
+    v = randn(rng, BATCH, N_KV_HEADS, 22, HEAD_DIM, dtype=torch.bfloat16)
+
+    found = attempt(append, k, v, WINDOW, CHUNKS)
+
+    for end, (_, length, keys, values) in zip(accumulate(CHUNKS), found, strict=True):
+        tokens = list(range(max(0, end - WINDOW), end))
+        slots = [t % WINDOW for t in tokens]
+        assert length == end
+        assert_close([keys[:, :, slots], values[:, :, slots]], [k[:, :, tokens], v[:, :, tokens]])
+
+
+CHUNKS = [3, 1, 1, 1, 4, 7, 5]
+
+
+def test_gives_new_tokens_all_that_their_windows_hold(attempt, rng):
+    k, v = (randn(rng, BATCH, N_KV_HEADS, 22, HEAD_DIM) for _ in range(2))
+
+    found = attempt(append, k, v, WINDOW, CHUNKS)
+
+    for n_new, end, (there, *_) in zip(CHUNKS, accumulate(CHUNKS), found, strict=True):
+        (positions, keys, values), start = there, end - n_new
+        needed = torch.arange(max(0, start - WINDOW + 1), end)
+        assert positions.dtype == torch.int64
+        assert set(needed.tolist()) <= set(positions.tolist()), "a token in the window is missing"
+        assert len(set(positions.tolist())) == len(positions), "a token is there twice"
+        assert len(positions) <= WINDOW + n_new
+        assert_close([keys, values], [k[:, :, positions], v[:, :, positions]])
+
+
+def test_attends_and_learns_without_a_cache(attempt, rng):
+    weights, x = random_weights(rng), randn(rng, BATCH, 13, D_MODEL)
+    grad = randn(rng, *x.shape)
+
+    out, gradients = attempt(attend_without_cache, weights, x, grad)
+
+    weights = {name: weight.requires_grad_() for name, weight in weights.items()}
+    expected = full_cache(weights, x, WINDOW)
+    of_weights = torch.autograd.grad(expected, list(weights.values()), grad)
+    assert_close(out, expected.detach())
+    assert_close(gradients, dict(zip(weights, of_weights, strict=True)))
+
+
+def test_starts_afresh_after_a_reset(attempt, rng):
+    weights = random_weights(rng)
+    first, second = randn(rng, BATCH, 8, D_MODEL), randn(rng, BATCH, 9, D_MODEL)
+
+    length, out = attempt(attend_after_reset, weights, first, second, [2, 1, 4, 2])
+
+    assert length == 0
+    assert_close(out, full_cache(weights, second, WINDOW))
+
+
+def test_a_step_late_in_a_text_costs_what_the_window_costs(attempt, rng):
+    weights, x = random_weights(rng), randn(rng, BATCH, 40, D_MODEL)
+
+    out, flops, reserved, new_bytes = attempt(cost_of_a_step, weights, x, WINDOW)
+
+    assert_close(out, full_cache(weights, x, WINDOW)[:, -1:])
+    projections = 2 * BATCH * sum(weight.numel() for weight in weights.values())
+    # One row of scores and one average over the kept tokens and the new one.
+    assert flops <= projections + 2 * 2 * BATCH * N_HEADS * (WINDOW + 1) * HEAD_DIM
+    token = 2 * BATCH * N_KV_HEADS * HEAD_DIM * 8  # bytes of one key and one value
+    assert reserved <= token * (WINDOW + 1)
+    assert new_bytes <= 4 * token * (WINDOW + 1), (
+        f"one more token took {new_bytes} bytes of new memory, the whole window has "
+        f"{token * WINDOW}"
+    )
+
+
+@pytest.mark.parametrize("chunk_size", [1, 3, 7, 100])
+def test_prefills_in_chunks_what_one_call_would_give(attempt, rng, chunk_size):
+    weights, x = random_weights(rng), randn(rng, BATCH, 19, D_MODEL)
+
+    out, sizes = attempt(prefill, weights, x, chunk_size, 2)
+
+    assert_close(out, full_cache(weights, x, WINDOW))
+    assert sizes == [min(chunk_size, 17 - start) for start in range(0, 17, chunk_size)]
+
+
+@pytest.mark.parametrize("window", [4, 6])
+def test_rejects_a_cache_of_another_window(attempt, rng, window):
+    weights, x = random_weights(rng), randn(rng, BATCH, 3, D_MODEL)
+
+    with pytest.raises(ValueError, match=rf"{WINDOW}\D+{window}|{window}\D+{WINDOW}"):
+        attempt(attend_with_another_window, weights, x, window)
+
+
+def test_makes_mistral_say_what_it_says_in_transformers(attempt, rng):
+    weights, ids = random_model(rng), torch.randint(23, (2, 24), generator=rng)
+
+    out = attempt(logits, weights, ids, [9, 4, *[1] * 7, 4])
+
+    # transformers computes cos and sin in float32, whatever the model's dtype.
+    expected = mistral(weights)(ids).logits.detach()
+    assert_close(out, expected, rtol=1e-5, atol=1e-5)
