@@ -158,11 +158,17 @@ def decoding(root: Path, times: int) -> list[str]:
     """Tokens a second of exercise 44's reference and of transformers, on the same weights."""
     exercise = catalog.find(root, 44)
     try:
-        ours, theirs = _in_fresh_python(DECODING.format(exercise=exercise, times=times)).split()
+        measured = _in_fresh_python(DECODING.format(exercise=exercise, times=times))
     except RuntimeError as error:
         return [f"| decoding SmolLM2 | not measured: {str(error).splitlines()[-1]} | | | |"]
-    a, b = float(ours), float(theirs)
-    return [_row("tokens/s of SmolLM2, 44", f"{a:.1f}", "transformers", f"{b:.1f}", a / b)]
+    ours, theirs, megabytes, speed = map(float, measured.split())
+    limit = 1000 * speed / megabytes
+    what = "tokens/s of SmolLM2, 44"
+    memory = f"{megabytes:.0f} MB of weights at {speed:.1f} GB/s, as copied"
+    return [
+        _row(what, f"{ours:.1f}", "transformers", f"{theirs:.1f}", ours / theirs),
+        _row(what, f"{ours:.1f}", memory, f"{limit:.1f}", ours / limit),
+    ]
 
 
 DECODING = """
@@ -170,6 +176,7 @@ import time, statistics
 from pathlib import Path, PosixPath
 import torch
 from kata import attempt
+from kata.bench import median
 from kata.catalog import Exercise
 exercise = {exercise!r}
 attempt.use_parts(exercise.solution.parent)
@@ -190,7 +197,12 @@ with torch.no_grad():
         seconds["ours"].append(middle - start)
         seconds["theirs"].append(time.perf_counter() - middle)
 assert a.equal(b), "they say different things"
-print(*(n / statistics.median(s[1:]) for s in seconds.values()))
+weights = sum(p.nbytes for p in ours.parameters())
+source = torch.ones(weights // 4)
+goal = torch.empty_like(source)
+copied = 2 * weights / median(lambda: goal.copy_(source), {times})  # read and written
+speeds = [n / statistics.median(s[1:]) for s in seconds.values()]
+print(*speeds, weights / 1e6, copied / 1e9)
 """
 
 
