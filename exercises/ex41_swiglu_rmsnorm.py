@@ -1,0 +1,62 @@
+"""Exercise 41: SwiGLU and RMSNorm.
+
+Between its attention layers a Llama does two small things to each token alone. It brings the
+vector to one size, and it sends it through a feed-forward part with a gate: one projection
+decides how much of the other gets through. This is exercise 06's norm and exercise 05's gate
+as layers with weights of their own, in the precision that a large model runs in:
+
+    rms_norm(x) = x / √(mean of x² + eps) ⊙ weight
+    swiglu(x)   = W_down (silu(W_gate x) ⊙ W_up x),    silu(z) = z / (1 + exp(−z))
+
+Sources: Zhang & Sennrich 2019, "Root Mean Square Layer Normalization", eq. 4,
+    https://arxiv.org/abs/1910.07467;
+    Shazeer 2020, "GLU Variants Improve Transformer", eq. 6, https://arxiv.org/abs/2002.05202
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """Brings each vector to one size. Its only parameter is weight: (d_model,), at first all 1."""
+
+    def __init__(self, d_model: int, eps: float = 1e-5) -> None:
+        """Make the weight, and keep eps, which is added to the mean of the squares."""
+        super().__init__()
+        raise NotImplementedError("exercise 41 is not written yet")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Divide each vector by the root of the mean of its squares, and scale its features.
+
+        x:       (..., d_model) floating point of any precision
+        returns: same shape and dtype as x, whatever the dtype of weight
+
+        Squares, mean, root and quotient are taken in float32, or in float64 where x is. The
+        rounding to a narrower x comes behind them, before the weight or after it: both are in
+        use. An x of another width raises ValueError, which gives that width and d_model, even
+        if it would broadcast.
+        """
+        raise NotImplementedError("exercise 41 is not written yet")
+
+
+class SwiGLU(nn.Module):
+    """The feed-forward part. Its only parameters are those of three nn.Linear without bias:
+
+    gate_proj.weight: (d_ff, d_model)
+    up_proj.weight:   (d_ff, d_model)
+    down_proj.weight: (d_model, d_ff)
+    """
+
+    def __init__(self, d_model: int, d_ff: int) -> None:
+        """Make the three projections."""
+        super().__init__()
+        raise NotImplementedError("exercise 41 is not written yet")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Widen each vector twice, let one half gate the other, and narrow the product.
+
+        x:       (..., d_model), in the dtype of the weights
+        returns: same shape and dtype
+        """
+        raise NotImplementedError("exercise 41 is not written yet")
