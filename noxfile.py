@@ -153,7 +153,7 @@ def tests(session: nox.Session) -> None:
     """All that CI runs: lint, all specs on the solutions, some of the proof, the runner's tests."""
     lint(session)
     pytest(session, *SPECS, "--on", "solutions")  # in one process, where the proof has many
-    kata(session, "proof", "--most", "4")  # all of it takes longer than one waits for a test
+    kata(session, "proof", "--most", "2")  # all of it takes longer than one waits for a test
     pytest(session, "tests/kata")
 
 
