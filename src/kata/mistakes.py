@@ -108,8 +108,11 @@ def recognise(
                 return False
         return True
 
-    def cost(i: int) -> tuple[bool, float]:
-        return record[i].spec not in failed, max(d.seconds for d in record[i].done)
+    last = {past.spec: i for i, past in enumerate(record)}  # of a failed spec: what it fell over
+
+    def cost(i: int) -> tuple[bool, bool, float]:
+        spec = record[i].spec
+        return spec not in failed, i != last[spec], max(d.seconds for d in record[i].done)
 
     every = sorted(range(len(record)), key=cost)
     variants = list(variants)
