@@ -213,7 +213,7 @@ shapes = st.lists(st.lists(st.integers(1, 12), max_size=3), min_size=1, max_size
 
 @settings(max_examples=20)
 @given(shapes=shapes, n_data=st.sampled_from([2, 4]))
-@example(shapes=[[7, 4], [4, 9], [8, 3], []], n_data=4)
+@example(shapes=[[7, 4], [4, 9], [8, 3], [8], []], n_data=4)
 def test_leaves_each_device_its_share_of_every_parameter_that_can_be_cut(attempt, shapes, n_data):
     out = attempt(choose, n_data, 2, shapes)
 
