@@ -266,11 +266,21 @@ def _forbidding(names: Sequence[str]) -> Iterator[list[str]]:
         _forbidden, _reached = before
 
 
+_guarded: list[tuple[Any, str, Any]] = []  # where a guard stands, and what stood there; or None
+
+
 def forbid(names: Sequence[str]) -> None:
     """Make each dotted name fail when an attempt of a spec that lists it reaches it.
 
-    A module that is not imported yet is passed over.
+    Names that were forbidden before are as they were. A module that is not imported yet is
+    passed over.
     """
+    while _guarded:  # others look at these functions too: transformers, how torch makes tensors
+        holder, attribute, original = _guarded.pop()
+        if original is None:
+            delattr(holder, attribute)
+        else:
+            setattr(holder, attribute, original)
     for name in names:
         holder_name, _, attribute = name.rpartition(".")
         holder = _resolve(holder_name)
@@ -281,6 +291,7 @@ def forbid(names: Sequence[str]) -> None:
                 original = _nothing
         if original is None or hasattr(original, "forbidden"):
             continue
+        _guarded.append((holder, attribute, vars(holder).get(attribute)))
         setattr(holder, attribute, _guard(name, original))
 
 

@@ -155,6 +155,7 @@ class Bench:
         failed = [spec.name for spec in report.specs if spec.status == "failed"]
         limit = self.judge.option.naming_limit
         if failed and limit > 0 and not report.count("unwritten"):
+            attempts.forbid(getattr(self.spec, "WITHOUT", ()))  # other specs may have come since
             known = mistakes.load(self.exercise).mistake
             found = mistakes.recognise(known, self.record, failed, self.replay, limit)
             report.mistakes = [variant.says for variant in found]
@@ -234,7 +235,7 @@ class Judge:
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, Any, Any]:
         """A spec that runs past its time fails, and the others go on."""
-        limit = self.option.time_limit
+        limit = self.option.time_limit * (2 if item.get_closest_marker("train") else 1)
         if catalog.of_spec(item.path) is None or limit <= 0:
             return (yield)
 
