@@ -4,9 +4,10 @@ import io
 import textwrap
 
 import pytest
+import torch
 from rich.console import Console
 
-from kata import catalog, verdict
+from kata import attempt, catalog, verdict
 from kata.attempt import Done, Problem
 from kata.mistakes import same
 from kata.plugin import JUDGE
@@ -233,6 +234,16 @@ def test_the_verdict_says_what_is_wrong(small, body, sentence):
     _, report = small.submit(body)
 
     assert sentence in small.read(report)
+
+
+def test_what_is_forbidden_is_guarded_no_longer_than_its_specs_run(small):
+    before = torch.add, vars(torch.nn.Linear)["__init__"]
+    small.submit("return x + x")
+    attempt.forbid(["torch.nn.Linear"])
+    assert torch.add is before[0]
+
+    attempt.forbid([])
+    assert vars(torch.nn.Linear)["__init__"] is before[1]
 
 
 def test_forbidden_help_is_noticed_even_if_the_complaint_is_swallowed(small):
