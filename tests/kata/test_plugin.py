@@ -196,13 +196,13 @@ def test_a_model_is_trained_once_the_other_specs_pass(small):
 @pytest.mark.parametrize(
     ("message", "alike"),
     [
-        ("/a: shape [2, 3] into 6", True),
-        ("/b: shape [20, 4] into 80", True),
-        ("/a: no such x", False),
+        ("folder/a: shape [2, 3] into 6", True),
+        ("folder/b: shape [20, 4] into 80", True),
+        ("folder/a: no such x", False),
     ],
 )
 def test_a_crash_is_the_known_one_if_it_says_the_same_but_for_numbers_and_paths(message, alike):
-    known = [Done(problem=Problem(["RuntimeError"], "/tmp/a/x: shape [2, 3] into 6"))]
+    known = [Done(problem=Problem(["RuntimeError"], "folder/a/x: shape [2, 3] into 6"))]
     mine = [Done(problem=Problem(["RuntimeError"], message))]
 
     assert same(known, mine, in_failed=True) == alike
