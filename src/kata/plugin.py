@@ -58,6 +58,8 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
         return str(val).removeprefix("torch.")
     if isinstance(val, (tuple, list)) and val and all(isinstance(n, int) for n in val):
         return "x".join(map(str, val))
+    if isinstance(val, bytes):  # pytest leaves bytes as they are where ids are not escaped
+        return ascii(val)[2:-1]
     if val is None or isinstance(val, (bool, int, float)):
         return f"{argname}={val}"
     return None
@@ -226,11 +228,12 @@ class Judge:
             self._rank_server = RankServer.current or RankServer()
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        """A model is trained once all that is quick to judge has passed."""
-        if catalog.of_spec(item.path) and item.get_closest_marker("train"):
+        """Models are trained, and real weights read, once all that is quick to judge has passed."""
+        slow = any(item.get_closest_marker(mark) for mark in ("train", "weights"))
+        if slow and catalog.of_spec(item.path):
             report = self.bench(item.module).report  # type: ignore[attr-defined]
             if report.count("failed") + report.count("unwritten"):
-                pytest.skip("trains once the other specs pass")
+                pytest.skip("this takes seconds: once the other specs pass")
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, Any, Any]:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import importlib.util
+import inspect
 import numbers
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -270,3 +275,24 @@ def real_weights(package: str, pattern: str) -> Path:
         pytest.skip(f"this needs real weights (some 100 MB): {command}")
     (path,) = Path(found.submodule_search_locations[0]).glob(pattern)
     return path
+
+
+def kept(make: Callable[[Path], Any], path: Path) -> Any:
+    """What `make(path)` gives, from disk if it was made before: for oracles that read real weights.
+
+    The result is plain data (see wire.py), and made anew when the spec file, torch, transformers or
+    the weights are others.
+    """
+    from kata import wire
+
+    spec, at = Path(inspect.getfile(make)), path.stat()
+    versions = [importlib.metadata.version(name) for name in ("torch", "transformers")]
+    key = make.__name__, versions, str(path), at.st_size, at.st_mtime_ns
+    digest = hashlib.sha256(spec.read_bytes() + repr(key).encode()).hexdigest()
+    file = spec.parents[1] / ".cache" / "kata" / "oracles" / digest[:24]
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        fresh = file.with_suffix(f".{os.getpid()}")
+        fresh.write_bytes(wire.encode(make(path)))
+        fresh.replace(file)
+    return wire.decode(file.read_bytes())

@@ -80,10 +80,11 @@ def test_adds_a_tensor_to_itself(attempt):
 """
 
 PARAMETERS = """
+@pytest.mark.parametrize("text", [b"\\xff\\n"])
 @pytest.mark.parametrize("n", [4])
 @pytest.mark.parametrize("shape", [(2, 3)])
 @pytest.mark.parametrize("dtype", [torch.float16])
-def test_works(attempt, dtype, shape, n):
+def test_works(attempt, dtype, shape, n, text):
     attempt(double, torch.ones(shape, dtype=dtype))
 """
 
@@ -181,14 +182,15 @@ def test_an_unknown_mistake_is_not_named(small):
     assert report.state == "failed" and report.mistakes == []
 
 
-def test_a_model_is_trained_once_the_other_specs_pass(small):
+@pytest.mark.parametrize("mark", ["train", "weights"])
+def test_what_takes_seconds_is_run_once_the_other_specs_pass(small, mark):
     with (small.root / "tests/test_ex05_doubling.py").open("a") as spec:
-        spec.write("\n\n@pytest.mark.train\ndef test_learns(attempt):\n    pass\n")
+        spec.write(f"\n\n@pytest.mark.{mark}\ndef test_in_seconds(attempt):\n    pass\n")
 
     wrong, right = small.submit("return 3 * x")[1], small.submit(SOLUTION)[1]
 
     assert [s.reason for s in wrong.specs if s.status == "skipped"] == [
-        "trains once the other specs pass"
+        "this takes seconds: once the other specs pass"
     ]
     assert right.state == "passed" and right.count("passed") == 4
 
@@ -237,6 +239,7 @@ def test_the_verdict_says_what_is_wrong(small, body, sentence):
 
 
 def test_what_is_forbidden_is_guarded_no_longer_than_its_specs_run(small):
+    attempt.forbid([])  # what the specs before this one left
     before = torch.add, vars(torch.nn.Linear)["__init__"]
     small.submit("return x + x")
     attempt.forbid(["torch.nn.Linear"])
@@ -448,9 +451,10 @@ def test_a_low_terminal_counts_what_it_has_no_room_for(small):
 def test_a_sentence_says_which_parameters_it_is_about(small):
     small.exercise.spec.write_text(SPEC + PARAMETERS)
 
-    _, report = small.submit("return x + x")
+    letters = "disable_test_id_escaping_and_forfeit_all_rights_to_community_support=true"
+    _, report = small.submit("return x + x", "-o", letters)  # as in our pyproject.toml
 
-    assert report.specs[-1].sentence == "works (float16-2x3-n=4)"
+    assert report.specs[-1].sentence == r"works (float16-2x3-n=4-\xff\n)"
 
 
 def test_a_swap_whose_text_is_not_there_once_names_file_and_text(small):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from kata import testing
+from kata import attempt, testing
 from kata.testing import Mismatch, assert_close, compare
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -509,3 +509,35 @@ def test_the_cases_find_every_mutant(old: str, new: str) -> None:
             verdict(module, a, e, **options) != verdict(testing, a, e, **options)
             for a, e, options in every
         )
+
+
+# --- kept ----------------------------------------------------------------------------------------
+
+ORACLE = """
+from pathlib import Path
+import torch
+
+def read(path):
+    with path.with_name("calls").open("a") as calls:
+        calls.write("x")
+    return {"sum": torch.tensor([len(path.read_text()) * FACTOR]), "text": "abc"}
+"""
+
+
+def test_an_oracle_is_kept_until_its_spec_or_the_weights_change(tmp_path: Path) -> None:
+    (tmp_path / "tests").mkdir()
+    spec, weights = tmp_path / "tests" / "test_ex01_oracle.py", tmp_path / "weights"
+
+    def sums_and_calls(text: str, factor: int) -> tuple[float, int]:
+        for path, content in (weights, text), (spec, ORACLE.replace("FACTOR", str(factor))):
+            if not path.exists() or path.read_text() != content:
+                path.write_text(content)
+        made = testing.kept(attempt.load(spec, "oracle").read, weights)
+        assert made["text"] == "abc"
+        return made["sum"].item(), len((tmp_path / "calls").read_text())
+
+    assert sums_and_calls("12", 3) == (6, 1)
+    assert sums_and_calls("12", 3) == (6, 1)
+    assert sums_and_calls("123", 3) == (9, 2)
+    assert sums_and_calls("123", 4) == (12, 3)
+    assert sums_and_calls("123", 3) == (9, 3)
