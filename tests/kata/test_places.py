@@ -41,16 +41,6 @@ def judged_cold(jobs: list[Job]) -> list[Report]:
     return [msgspec.json.decode(line, type=Report) for line in answers]
 
 
-def judged_warm(exercise: catalog.Exercise, jobs: list[Job]) -> list[Report]:
-    """By the proof's forked children, if it has run on these files; else by the server of watch."""
-    reports = [proof.kept(job) for job in jobs]
-    if None in reports:
-        server = WarmServer(jobs[0])
-        reports = [server.judge(job) for job in jobs]
-        server.close()
-    return reports
-
-
 def jobs_of(exercise: catalog.Exercise) -> list[Job]:
     """The stub and the mistakes (KATA_MOST of them); the reference is judged in a worker, below."""
     claims = proof.claims(exercise, seed=0, most=int(os.environ.get("KATA_MOST", "1")))
@@ -76,6 +66,14 @@ def cold():
 
 
 @pytest.fixture(scope="module")
+def server():
+    """The server of watch, which has imported more with every exercise."""
+    server = WarmServer(Job(str(ROOT), EVERY[0].stem))
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
 def isolated():
     """What is said of the references, judged in workers."""
     options = ["--isolate", "-m", "not train"]  # training is the same anywhere, and takes seconds
@@ -94,8 +92,9 @@ def essence(report: Report) -> object:
 
 
 @pytest.mark.parametrize("exercise", EVERY, ids=lambda e: e.stem)
-def test_warm_and_cold_verdicts_are_equal(exercise, cold):
-    warm = judged_warm(exercise, jobs_of(exercise))
+def test_warm_and_cold_verdicts_are_equal(exercise, cold, server):
+    """Warm: by the proof's forked children, if it has run on these files; else by a server."""
+    warm = [proof.kept(job) or server.judge(job) for job in jobs_of(exercise)]
 
     assert warm[0].state == "unwritten"
     assert {report.state for report in warm[1:]} == {"failed"}
@@ -109,11 +108,8 @@ def test_every_spec_passes_in_a_worker_that_holds_no_answers(exercise, isolated)
     assert report.state == "passed", [s for s in report.specs if s.status == "failed"]
 
 
-def test_the_server_of_watch_says_the_same_as_a_cold_process():
+def test_the_server_of_watch_says_the_same_as_a_cold_process(server, cold):
     exercise = catalog.find(ROOT, 31)
-    jobs = jobs_of(exercise)[:4]
-    server = WarmServer(jobs[0])
-    warm = [server.judge(job) for job in jobs]
-    server.close()
+    warm = [server.judge(job) for job in jobs_of(exercise)]
 
-    assert [essence(r) for r in warm] == [essence(r) for r in judged_cold(jobs)]
+    assert [essence(r) for r in warm] == [essence(r) for r in cold[exercise.stem]]

@@ -1,6 +1,8 @@
 """What a learner reads: pytest on small projects, and every line of DESIGN's "Bad input"."""
 
 import io
+import os
+import signal
 import textwrap
 
 import pytest
@@ -12,6 +14,7 @@ from kata.attempt import Done, Problem
 from kata.mistakes import same
 from kata.plugin import JUDGE
 from kata.report import SpecReport
+from kata.worker import Nursery
 
 pytest_plugins = ["pytester"]
 
@@ -410,6 +413,25 @@ def test_a_submission_elsewhere_can_be_judged_in_a_worker(small, tmp_path):
 
     assert report.mistakes == ["It is tripled."]
     assert report.specs[1].detail.kind == "no-raise"
+
+
+def test_a_worker_knows_nothing_of_the_submission_before(small):
+    small.submit(SOLUTION.replace("return 2 * x", "torch.left = 1; return 2 * x"), "--isolate")
+
+    text = SOLUTION.replace("return 2 * x", "return (2 + hasattr(torch, 'left')) * x")
+    _, report = small.submit(text, "--isolate")
+
+    assert report.state == "passed"
+
+
+def test_a_worker_that_cannot_start_fails_the_spec_and_the_next_one_starts(small):
+    small.submit(SOLUTION, "--isolate")
+    os.killpg(Nursery.of_this_process().pid, signal.SIGKILL)
+
+    _, report = small.submit(SOLUTION, "--isolate")
+
+    assert report.specs[0].detail.message == "RuntimeError: the worker did not start"
+    assert [spec.status for spec in report.specs] == ["failed", "passed", "passed"]
 
 
 def test_a_worker_that_dies_fails_the_spec(small):
