@@ -21,6 +21,12 @@ STEM = "ex31_scaled_dot_product_attention"
 PASSED, UNWRITTEN = r"attention  passed", r"attention  not written yet"
 
 
+def as_a_terminal_starts_it():
+    """Not as one started by `nohup` or by `&`, which is told to ignore these."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Terminal:
     """A learner's terminal with `kata watch` in it."""
 
@@ -31,7 +37,13 @@ class Terminal:
         ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 90, 0, 0))
         command = [sys.executable, "-m", "kata", "watch", *args]
         self.process = subprocess.Popen(
-            command, cwd=project, stdin=slave, stdout=slave, stderr=slave, start_new_session=True
+            command,
+            cwd=project,
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+            preexec_fn=as_a_terminal_starts_it,
         )
         os.close(slave)
 
