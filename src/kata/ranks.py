@@ -85,36 +85,33 @@ def _serve(requests: Connection) -> None:
     with suppress(ImportError):  # torch does at the first backward, for a second in every rank
         importlib.import_module("torch.fx.experimental.symbolic_shapes")
     gc.freeze()  # else a collection in a rank walks all of torch
-    teams: dict[int, list[_Rank]] = {}  # by their number: used again, in new process groups
+    ranks: list[_Rank] = []  # by their number: used again, in new process groups
     with tempfile.TemporaryDirectory(prefix="kata-ranks-") as folder:
         try:
             while job := _receive(requests):
-                ranks = teams.setdefault(job.n, [])
-                done = _attempt(ranks, job, requests, folder) if ranks else None
-                if not all(each.joined for each in ranks):  # the attempt before left something
-                    done = None
-                if done is None:
-                    _end(ranks)
-                    others = [each for team in teams.values() for each in team]
-                    for rank in range(job.n):
-                        ranks.append(_Rank(rank, Path(folder), [*others, *ranks]))
-                    done = _attempt(ranks, job, requests, folder)
+                done = _attempt(ranks, job, requests, Path(folder))
                 if done is None:
                     return
                 if any(d.problem for d in done):
                     _end(ranks)
                 requests.send_bytes(msgspec.msgpack.encode(done))
         finally:
-            for ranks in teams.values():
-                _end(ranks)
+            _end(ranks)
 
 
-def _attempt(ranks: list[_Rank], job: Job, requests: Connection, folder: str) -> list[Done] | None:
-    """What comes of a job on some ranks. None if nobody asks any more."""
+def _attempt(ranks: list[_Rank], job: Job, requests: Connection, folder: Path) -> list[Done] | None:
+    """What comes of a job on the first n ranks. None if nobody asks any more."""
+    used = bool(ranks)
+    for rank in range(len(ranks), job.n):
+        ranks.append(_Rank(rank, folder, ranks))
     store = tempfile.mktemp(dir=folder)
-    for each in ranks:
+    for each in ranks[: job.n]:
         each.start(job, store)
-    return _collect(ranks, job, requests)
+    done = _collect(ranks[: job.n], job, requests)
+    if done and used and not all(each.joined for each in ranks[: job.n]):
+        _end(ranks)  # the attempt before left something: once more with fresh ones
+        return _attempt(ranks, job, requests, folder)
+    return done
 
 
 def _receive(connection: Connection) -> Job | None:
