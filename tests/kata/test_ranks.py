@@ -24,6 +24,13 @@ def total(ex, x):
     dist.all_reduce(mine)
     return mine
 
+def in_halves(ex, x):
+    n, rank = dist.get_world_size(), dist.get_rank()
+    halves = [dist.new_group(range(n // 2)), dist.new_group(range(n // 2, n))]
+    mine = x * (rank + 1)
+    dist.all_reduce(mine, group=halves[rank >= n // 2])
+    return mine[0]
+
 def one_hangs(ex, x):
     if dist.get_rank() == 1:
         dist.all_reduce(x)
@@ -54,32 +61,40 @@ from kata import wire, attempt
 from kata.ranks import Job, RankServer
 server = RankServer()
 call = wire.encode(((torch.ones(3),), {}))
-for run in sys.argv[2:]:
-    done = server.run(Job(3, sys.argv[1], None, "/", run, call, 0, limit=20.0))
+for each in sys.argv[2:]:
+    run, n = each.split(":")
+    done = server.run(Job(int(n), sys.argv[1], None, "/", run, call, 0, limit=20.0))
     problem = attempt.gravest(done)
     if problem is None:
-        print(run, [wire.decode(d.result) for d in done])
+        print(each, [wire.decode(d.result) for d in done])
     else:
-        print(run, problem.types[0], problem.rank, problem.message)
+        print(each, problem.types[0], problem.rank, problem.message)
 server.close()
 """
 
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory):
-    """What is said of each run, by name."""
+    """What is said of each run, by name and number of ranks if it isn't 3."""
     spec = tmp_path_factory.mktemp("ranks") / "test_ex72_ranks.py"
     spec.write_text(SPEC)
-    runs = re.findall(r"def (\w+)\(ex", SPEC)
+    runs = [f"in_halves:{n}" for n in (2, 4, 3, 2, 4)]  # by ranks that were in other groups
+    runs += [f"{name}:3" for name in re.findall(r"def (\w+)\(ex", SPEC)]
     command = [sys.executable, "-c", SCRIPT, str(spec), *runs]
     start = time.monotonic()
     out = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True).stdout
-    told = dict(line.split(" ", 1) for line in out.splitlines())
+    told = dict(line.replace(":3 ", " ", 1).split(" ", 1) for line in out.splitlines())
     return told | {"seconds": time.monotonic() - start}
 
 
 def test_each_rank_gives_its_result(told):
     assert told["total"].count("tensor([6., 6., 6.])") == 3
+
+
+def test_teams_of_any_size_share_their_ranks(told):
+    assert told["in_halves:2"] == "[tensor(1.), tensor(2.)]"
+    assert told["in_halves:4"] == "[tensor(3.), tensor(3.), tensor(7.), tensor(7.)]"
+    assert told["in_halves"] == "[tensor(1.), tensor(5.), tensor(5.)]"
 
 
 def test_ranks_that_wait_for_each_other_are_ended_and_their_lines_named(told):
