@@ -320,6 +320,8 @@ def _detail(bench: Bench, error: BaseException) -> Detail:
     own = [past for past in bench.record if past.spec == bench.attempt.spec]
     if own:
         detail.call = _call(bench, own[-1])
+        if len(own) > 1:  # which of them the judgement is about is not known
+            detail.call += f", the last of {len(own)} calls"
     if isinstance(error, Mismatch):
         detail.kind, detail.message, detail.mismatch = "mismatch", error.sentence, error.detail
         detail.mismatch["cause"] = error.cause

@@ -241,6 +241,20 @@ def test_the_verdict_says_what_is_wrong(small, body, sentence):
     assert sentence in small.read(report)
 
 
+def test_the_call_shown_is_said_to_be_the_last_where_a_spec_makes_several(small):
+    with (small.root / "tests/test_ex05_doubling.py").open("a") as spec:
+        spec.write(
+            "\n\ndef test_twice(attempt):\n    one = attempt(double, torch.ones(1))\n"
+            "    attempt(double, torch.ones(2))\n    assert_close(one, 2 * torch.ones(1))\n"
+        )
+
+    _, report = small.submit("return 5 * x")
+
+    calls = [spec.detail.call for spec in report.specs if spec.detail]
+    assert calls[0] == "double(x: float64[2, 3])"
+    assert calls[-1] == "double(x: float32[2]), the last of 2 calls"
+
+
 def test_what_is_forbidden_is_guarded_no_longer_than_its_specs_run(small):
     attempt.forbid([])  # what the specs before this one left
     before = torch.add, vars(torch.nn.Linear)["__init__"]
