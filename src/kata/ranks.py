@@ -104,11 +104,11 @@ def _attempt(ranks: list[_Rank], job: Job, requests: Connection, folder: Path) -
     used = bool(ranks)
     for rank in range(len(ranks), job.n):
         ranks.append(_Rank(rank, folder, ranks))
-    store = tempfile.mktemp(dir=folder)
-    for each in ranks[: job.n]:
+    team, store = ranks[: job.n], tempfile.mktemp(dir=folder)
+    for each in team:
         each.start(job, store)
-    done = _collect(ranks[: job.n], job, requests)
-    if done and used and not all(each.joined for each in ranks[: job.n]):
+    done = _collect(team, job, requests)
+    if done and used and not all(each.joined for each in team):
         _end(ranks)  # the attempt before left something: once more with fresh ones
         return _attempt(ranks, job, requests, folder)
     return done

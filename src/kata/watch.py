@@ -199,4 +199,4 @@ def _keys() -> Iterator[int | None]:
     try:
         yield keyboard
     finally:
-        termios.tcsetattr(keyboard, termios.TCSANOW, before)  # waits for no reader
+        termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
