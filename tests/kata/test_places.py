@@ -10,9 +10,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from kata import catalog, proof
-from kata.report import Report
-from kata.server import Job, WarmServer
+from kata.author import proof
+from kata.course import catalog
+from kata.judge.report import Report
+from kata.judge.server import Request, WarmServer
 
 ROOT = Path(__file__).parents[2]
 EVERY = catalog.exercises(ROOT)
@@ -21,8 +22,8 @@ EVERY = catalog.exercises(ROOT)
 # began with.
 COLD = """
 import sys, msgspec
-from kata.ranks import RankServer
-from kata.server import Job, judge
+from kata.attempt.ranks import RankServer
+from kata.judge.server import Request, judge
 RankServer.current = RankServer()
 for line in sys.stdin.buffer:
     report = judge(msgspec.json.decode(line, type=Job))
@@ -31,7 +32,7 @@ for line in sys.stdin.buffer:
 """
 
 
-def judged_cold(jobs: list[Job]) -> list[Report]:
+def judged_cold(jobs: list[Request]) -> list[Report]:
     lines = b"".join(msgspec.json.encode(job) + b"\n" for job in jobs)
     env = os.environ | {"OMP_NUM_THREADS": "1"}  # two at a time
     command = [sys.executable, "-c", COLD]
@@ -41,13 +42,13 @@ def judged_cold(jobs: list[Job]) -> list[Report]:
     return [msgspec.json.decode(line, type=Report) for line in answers]
 
 
-def jobs_of(exercise: catalog.Exercise) -> list[Job]:
+def jobs_of(exercise: catalog.Exercise) -> list[Request]:
     """The stub and the mistakes (KATA_MOST of them); the reference is judged in a worker, below."""
     claims = proof.claims(exercise, seed=0, most=int(os.environ.get("KATA_MOST", "1")))
     return [claim.job for claim in claims if claim.says.startswith(("the stub", "rejects"))]
 
 
-def in_two_processes(jobs: dict[str, list[Job]]) -> dict[str, list[Report]]:
+def in_two_processes(jobs: dict[str, list[Request]]) -> dict[str, list[Report]]:
     """Verdicts by exercise, made in two cold processes, each with every second exercise."""
     halves = [{stem: jobs[stem] for stem in sorted(jobs)[i::2]} for i in (0, 1)]
     with ThreadPoolExecutor(2) as pool:
@@ -68,7 +69,7 @@ def cold():
 @pytest.fixture(scope="module")
 def server():
     """The server of watch, which has imported more with every exercise."""
-    server = WarmServer(Job(str(ROOT), EVERY[0].stem))
+    server = WarmServer(Request(str(ROOT), EVERY[0].stem))
     yield server
     server.close()
 
@@ -78,7 +79,7 @@ def isolated():
     """What is said of the references, judged in workers."""
     options = ["--isolate", "-m", "not train"]  # training is the same anywhere, and takes seconds
     return in_two_processes(
-        {e.stem: [Job(str(ROOT), e.stem, str(e.solution), options)] for e in EVERY}
+        {e.stem: [Request(str(ROOT), e.stem, str(e.solution), options)] for e in EVERY}
     )
 
 

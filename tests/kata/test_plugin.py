@@ -9,12 +9,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from kata import attempt, catalog, verdict
-from kata.attempt import Done, Problem
-from kata.mistakes import same
-from kata.plugin import JUDGE
-from kata.report import SpecReport
-from kata.worker import Nursery
+from kata.attempt import forbidden
+from kata.attempt.outcome import Done, Problem
+from kata.attempt.worker import Nursery
+from kata.course import catalog
+from kata.judge.naming import same
+from kata.judge.report import SpecReport
+from kata.judge.session import JUDGE
+from kata.learn import verdict
 
 pytest_plugins = ["pytester"]
 
@@ -153,7 +155,7 @@ def test_a_right_version_passes_and_is_told_what_to_try_next(small):
 
 
 def test_a_stub_is_not_written_yet_and_shows_no_traceback(small):
-    from kata.stubs import make_stub
+    from kata.course.stubs import make_stub
 
     result, report = small.submit(make_stub(SOLUTION, 5))
 
@@ -256,13 +258,13 @@ def test_the_call_shown_is_said_to_be_the_last_where_a_spec_makes_several(small)
 
 
 def test_what_is_forbidden_is_guarded_no_longer_than_its_specs_run(small):
-    attempt.forbid([])  # what the specs before this one left
+    forbidden.forbid([])  # what the specs before this one left
     before = torch.add, vars(torch.nn.Linear)["__init__"]
     small.submit("return x + x")
-    attempt.forbid(["torch.nn.Linear"])
+    forbidden.forbid(["torch.nn.Linear"])
     assert torch.add is before[0]
 
-    attempt.forbid([])
+    forbidden.forbid([])
     assert vars(torch.nn.Linear)["__init__"] is before[1]
 
 
@@ -494,9 +496,9 @@ def test_a_sentence_says_which_parameters_it_is_about(small):
 
 
 def test_a_swap_whose_text_is_not_there_once_names_file_and_text(small):
-    from kata import mistakes
+    from kata.course import variants
 
     small.exercise.mistakes.write_text(MISTAKES.replace('"2 * x", "3 * x"', '"x", "y"'))
-    variant = mistakes.load(small.exercise).mistake[0]
-    with pytest.raises(mistakes.BadMistakes, match=r"ex05_doubling.toml.*'x', which stands \d+"):
-        mistakes.write(small.exercise, variant)
+    variant = variants.load(small.exercise).mistake[0]
+    with pytest.raises(variants.BadMistakes, match=r"ex05_doubling.toml.*'x', which stands \d+"):
+        variants.write(small.exercise, variant)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kata import catalog
+from kata.course import catalog
 
 ROOT = Path(__file__).parents[2]
 
@@ -57,14 +57,14 @@ def pids(ex, x):
 # Ranks are forked from a process that has run nothing, so each of these needs a fresh one.
 SCRIPT = """
 import sys, torch
-from kata import wire, attempt
-from kata.ranks import Job, RankServer
+from kata.attempt import outcome, wire
+from kata.attempt.ranks import Job, RankServer
 server = RankServer()
 call = wire.encode(((torch.ones(3),), {}))
 for each in sys.argv[2:]:
     run, n = each.split(":")
     done = server.run(Job(int(n), sys.argv[1], None, "/", run, call, 0, limit=20.0))
-    problem = attempt.gravest(done)
+    problem = outcome.gravest(done)
     if problem is None:
         print(each, [wire.decode(d.result) for d in done])
     else:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from kata import catalog
-from kata.stubs import BadSolution, make_stub
+from kata.course import catalog
+from kata.course.stubs import BadSolution, make_stub
 
 ROOT = Path(__file__).parents[2]
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from kata import attempt, testing
+from kata import testing
+from kata.attempt import modules
 from kata.testing import Mismatch, assert_close, compare
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -532,7 +533,7 @@ def test_an_oracle_is_kept_until_its_spec_or_the_weights_change(tmp_path: Path) 
         for path, content in (weights, text), (spec, ORACLE.replace("FACTOR", str(factor))):
             if not path.exists() or path.read_text() != content:
                 path.write_text(content)
-        made = testing.kept(attempt.load(spec, "oracle").read, weights)
+        made = testing.kept(modules.load(spec, "oracle").read, weights)
         assert made["text"] == "abc"
         return made["sum"].item(), len((tmp_path / "calls").read_text())
 

@@ -15,7 +15,7 @@ from fcntl import ioctl
 
 import pytest
 
-from kata.server import Job, WarmServer
+from kata.judge.server import Request, WarmServer
 
 STEM = "ex31_scaled_dot_product_attention"
 PASSED, UNWRITTEN = r"attention  passed", r"attention  not written yet"
@@ -150,7 +150,7 @@ def test_quitting_leaves_no_process_behind(terminal, how):
 
 def test_a_server_that_dies_is_replaced(terminal, solution):
     listed = subprocess.run(["ps", "-eo", "pid,sid,args"], capture_output=True, text=True).stdout
-    servers = [line.split()[:2] for line in listed.splitlines() if "kata.server" in line]
+    servers = [line.split()[:2] for line in listed.splitlines() if "kata.judge.server" in line]
     own = terminal.children()
     (server,) = [int(pid) for pid, session in servers if pid == session and int(pid) in own]
     os.kill(server, signal.SIGKILL)
@@ -161,7 +161,7 @@ def test_a_server_that_dies_is_replaced(terminal, solution):
 
 @pytest.fixture
 def server(project):
-    opened = WarmServer(Job(str(project), STEM))
+    opened = WarmServer(Request(str(project), STEM))
     yield opened
     opened.close()
 
@@ -170,7 +170,7 @@ def test_what_failed_is_told_before_the_mistake_has_its_name(server, project, so
     (project / "exercises" / f"{STEM}.py").write_text(
         solution.replace(" / math.sqrt(q.shape[-1])", "")
     )
-    server.run(Job(str(project), STEM))
+    server.run(Request(str(project), STEM))
     early, last = server.receive(), server.receive()
 
     assert early.naming and early.count("failed") and not early.mistakes
@@ -179,7 +179,7 @@ def test_what_failed_is_told_before_the_mistake_has_its_name(server, project, so
 
 
 def test_specs_that_have_changed_are_read_again(server, project):
-    job = Job(str(project), STEM)
+    job = Request(str(project), STEM)
     assert server.judge(job).total > 1
     job.exercise.spec.write_text("def test_is_new():\n    pass\n")
 

@@ -20,8 +20,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from kata import wire
-from kata.wire import BadMessage, NotPlainData
+from kata.attempt import wire
+from kata.attempt.wire import BadMessage, NotPlainData
 
 quick = settings(
     max_examples=150, deadline=None, database=None, suppress_health_check=list(HealthCheck)

@@ -20,8 +20,9 @@ from typing import Annotated, Literal, cast
 import msgspec
 from filelock import BaseFileLock, FileLock
 
-from kata import catalog, page
-from kata.report import Report
+from kata.course import catalog
+from kata.judge.report import Report
+from kata.learn import page
 
 RECORD = ".kata/runs.jsonl"
 PAGE = "progress.md"

@@ -18,10 +18,10 @@ from rich.console import Console
 from rich.text import Text
 from watchfiles import watch as changes
 
-from kata import cli, verdict
-from kata.catalog import Exercise
-from kata.report import Report
-from kata.server import Job, WarmServer
+from kata.course.catalog import Exercise
+from kata.judge.report import Report
+from kata.judge.server import Request, WarmServer
+from kata.learn import verdict, views
 
 KEYS = {
     "n": "next", "h": "hint", "d": "diff", "p": "picture", "l": "list", "r": "rerun", "q": "quit",
@@ -40,9 +40,9 @@ class Watch:
         self.report: Report | None = None
 
     @property
-    def job(self) -> Job:
+    def job(self) -> Request:
         """What is judged at a save."""
-        return Job(str(self.exercise.root), self.exercise.stem, "", ["--parts", self.parts])
+        return Request(str(self.exercise.root), self.exercise.stem, "", ["--parts", self.parts])
 
     def files(self) -> list[Path]:
         """What a verdict depends on: the stub, its specs and the parts that it imports."""
@@ -120,15 +120,15 @@ class Watch:
             if word == "next":
                 self.go_on()
             elif word == "hint":
-                self.console.print(cli.next_hint(self.exercise))
+                self.console.print(views.next_hint(self.exercise))
             elif word == "diff":
-                cli.must_have_passed(self.exercise)
-                self.console.print(cli.beside(self.exercise, self.console.width))
+                views.must_have_passed(self.exercise)
+                self.console.print(views.beside(self.exercise, self.console.width))
             elif word == "picture":
                 command = [sys.executable, "-m", "kata", "show", self.exercise.stem]
                 subprocess.run(command, cwd=self.exercise.root, stdin=subprocess.DEVNULL)
             elif word == "list":
-                self.console.print(cli.map_of(self.exercise.root))
+                self.console.print(views.map_of(self.exercise.root))
             elif word == "rerun":
                 self.rerun()
         except ValueError as error:
@@ -137,7 +137,7 @@ class Watch:
 
     def go_on(self) -> None:
         """To the next exercise that has not passed."""
-        following = cli.next_after(self.exercise.root, self.exercise)
+        following = views.next_after(self.exercise.root, self.exercise)
         if following is None:
             raise ValueError("every exercise has passed")
         self.exercise, self.seen = following, {}

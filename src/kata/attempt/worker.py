@@ -21,11 +21,12 @@ from typing import ClassVar
 
 import msgspec
 
-from kata import attempt as attempts
-from kata import wire
-from kata.attempt import Done, Problem
-from kata.catalog import STEM, Exercise, imported
-from kata.ranks import Job, RankServer
+from kata.attempt import forbidden, modules, wire
+from kata.attempt.outcome import Done, Problem, problem
+from kata.attempt.performing import perform
+from kata.attempt.ranks import Job, RankServer
+from kata.attempt.warm import IMPORTS, import_all
+from kata.course.catalog import STEM, Exercise, imported
 
 LIMIT = 120.0  # seconds for one attempt
 
@@ -37,7 +38,7 @@ class Nursery:
 
     def __init__(self) -> None:
         self._socket, theirs = socket.socketpair()
-        command = [sys.executable, "-m", "kata.worker", str(theirs.fileno())]
+        command = [sys.executable, "-m", "kata.attempt.worker", str(theirs.fileno())]
         self._process = subprocess.Popen(
             command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
         )
@@ -107,8 +108,6 @@ class Worker:
 
 def main(fd: int) -> None:
     """The nursery's loop; ends when the judge is gone."""
-    from kata.server import IMPORTS, import_all
-
     import_all(IMPORTS)
     nursery = socket.socket(fileno=fd)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the workers
@@ -135,9 +134,9 @@ def attempt_all(judge: Connection, told: Path, spec_file: Path) -> None:
     judge.send_bytes(str(os.getpid()).encode())
     os.chdir(told)
     exercise, parts = told / spec_file.name.removeprefix("test_"), told / "parts"
-    attempts.use_parts(parts)
-    spec = attempts.load(spec_file, spec_file.stem)
-    attempts.forbid(getattr(spec, "WITHOUT", ()))
+    modules.use_parts(parts)
+    spec = modules.load(spec_file, spec_file.stem)
+    forbidden.forbid(getattr(spec, "WITHOUT", ()))
     rank_server = RankServer()
     module = None
     while True:
@@ -150,10 +149,10 @@ def attempt_all(judge: Connection, told: Path, spec_file: Path) -> None:
             done = rank_server.run(job)
         else:
             try:
-                module = module or attempts.load(exercise)
-                one, _ = attempts.perform(getattr(spec, job.run), module, job.call, job.seed)
+                module = module or modules.load(exercise)
+                one, _ = perform(getattr(spec, job.run), module, job.call, job.seed)
             except (Exception, SystemExit) as error:
-                one = Done(problem=attempts.problem(error, {str(exercise)}))
+                one = Done(problem=problem(error, {str(exercise)}))
             done = [one]
         judge.send_bytes(msgspec.msgpack.encode(done))
     rank_server.close()

@@ -18,10 +18,11 @@ from pathlib import Path
 import msgspec
 import torch
 
-from kata import mistakes
-from kata.catalog import Exercise
-from kata.report import Report
-from kata.server import Job, judge_all, outside, warm
+from kata.attempt.warm import outside
+from kata.course import variants
+from kata.course.catalog import Exercise
+from kata.judge.report import Report
+from kata.judge.server import Request, judge_all, warm
 
 Check = Callable[[Report], list[str]]
 
@@ -32,7 +33,7 @@ class Claim:
 
     exercise: Exercise
     says: str
-    job: Job
+    job: Request
     check: Check
     faults: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -43,21 +44,21 @@ def claims(exercise: Exercise, seed: int, most: int = 99) -> Iterator[Claim]:
 
     Specs that read real weights or train run on the reference alone: the others must do without.
     """
-    variants = mistakes.load(exercise)
+    known = variants.load(exercise)
     seeded = ["--seed", str(seed)]
     light = [*seeded, "-m", "not weights and not train", "--naming-limit", "600"]
 
     def claim(says: str, path: object, options: list[str], check: Check) -> Claim:
-        job = Job(str(exercise.root), exercise.stem, str(path), options)
+        job = Request(str(exercise.root), exercise.stem, str(path), options)
         return Claim(exercise, says, job, check)
 
     yield claim("the reference passes", exercise.solution, seeded, _passes)
     yield claim("the stub is not written yet", exercise.stub, light, _is_unwritten)
-    for wrong in variants.mistake[:most]:
-        path = mistakes.write(exercise, wrong)
+    for wrong in known.mistake[:most]:
+        path = variants.write(exercise, wrong)
         yield claim(f"rejects: {wrong.says}", path, light, _names(wrong.says))
-    for right in variants.accept[:most]:
-        yield claim(f"accepts: {right.says}", mistakes.write(exercise, right), light, _passes)
+    for right in known.accept[:most]:
+        yield claim(f"accepts: {right.says}", variants.write(exercise, right), light, _passes)
 
 
 def prove(exercises: list[Exercise], seed: int = 0, most: int = 99) -> Iterator[list[Claim]]:
@@ -79,23 +80,23 @@ def prove(exercises: list[Exercise], seed: int = 0, most: int = 99) -> Iterator[
             yield [c for c in every if c.exercise.stem == claim.exercise.stem]
 
 
-def keep(job: Job, report: Report) -> None:
+def keep(job: Request, report: Report) -> None:
     """Write a verdict down, by all that it depends on."""
     path = _kept(job)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(msgspec.json.encode(report))
 
 
-def kept(job: Job) -> Report | None:
+def kept(job: Request) -> Report | None:
     """The verdict of an earlier proof on the same files."""
     path = _kept(job)
     return msgspec.json.decode(path.read_bytes(), type=Report) if path.exists() else None
 
 
-def _kept(job: Job) -> Path:
+def _kept(job: Request) -> Path:
     exercise = job.exercise
     parts = [Exercise(exercise.root, stem).solution for stem in exercise.parts]
-    runner = sorted(Path(__file__).parent.glob("*.py"))
+    runner = sorted(Path(__file__).parents[1].rglob("*.py"))
     digest = hashlib.sha256(repr(job).encode())
     for path in (Path(job.submission), exercise.spec, exercise.mistakes, *parts, *runner):
         digest.update(path.read_bytes())

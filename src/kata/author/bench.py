@@ -18,9 +18,9 @@ from pathlib import Path
 
 from watchfiles import watch
 
-from kata import catalog
-from kata.server import Job, WarmServer
-from kata.stubs import make_stub
+from kata.course import catalog
+from kata.course.stubs import make_stub
+from kata.judge.server import Request, WarmServer
 
 TORCHRUN = """
 import torch, torch.distributed as dist
@@ -79,7 +79,7 @@ def save_to_verdict(root: Path, times: int) -> list[str]:
     exercise = catalog.find(root, 31)
     right = exercise.solution.read_text("utf-8")
     wrong = right.replace(" / math.sqrt(q.shape[-1])", "")
-    job = Job(str(root), exercise.stem)
+    job = Request(str(root), exercise.stem)
     rows = []
     for name, text in (("passing", right), ("failing", wrong)):
         totals, beyond, named = [], [], []
@@ -142,12 +142,12 @@ def four_ranks(root: Path, times: int) -> list[str]:
 
 RANKS = """
 import torch
-from kata import wire
-from kata.bench import median
-from kata.ranks import Job, RankServer
+from kata.attempt import wire
+from kata.author.bench import median
+from kata.attempt.ranks import Job, RankServer
 server = RankServer()
 call = wire.encode(((torch.ones(1000),), {{}}))
-job = Job(4, {spec!r}, None, "/", "run", call, 0)
+job = Request(4, {spec!r}, None, "/", "run", call, 0)
 def run():
     assert not any(done.problem for done in server.run(job))
 print(median(run, {times}))
@@ -176,9 +176,9 @@ DECODING = """
 import time, statistics
 from pathlib import Path, PosixPath
 import torch
-from kata import attempt
-from kata.bench import median
-from kata.catalog import Exercise
+from kata.attempt import modules as attempt
+from kata.author.bench import median
+from kata.course.catalog import Exercise
 from kata.testing import real_weights
 exercise = {exercise!r}
 attempt.use_parts(exercise.solution.parent)
@@ -232,9 +232,9 @@ import time
 from pathlib import Path, PosixPath
 from pydoc_data.topics import topics
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from kata import attempt
-from kata.bench import median
-from kata.catalog import Exercise
+from kata.attempt import modules as attempt
+from kata.author.bench import median
+from kata.course.catalog import Exercise
 exercise = {exercise!r}
 spec, ex = attempt.load(exercise.spec), attempt.load(exercise.solution)
 text = "\\n".join(topics.values())
@@ -269,8 +269,8 @@ STREAMING = """
 import tracemalloc
 from pathlib import Path, PosixPath
 from pydoc_data.topics import topics
-from kata import attempt
-from kata.catalog import Exercise, find
+from kata.attempt import modules as attempt
+from kata.course.catalog import Exercise, find
 exercise = {exercise!r}
 attempt.use_parts(exercise.solution.parent)
 ex = attempt.load(exercise.solution)
@@ -306,8 +306,8 @@ WRITING = """
 import time, statistics
 from pathlib import Path, PosixPath
 import jax, jax.numpy as jnp
-from kata import attempt
-from kata.catalog import Exercise
+from kata.attempt import modules as attempt
+from kata.course.catalog import Exercise
 exercise = {exercise!r}
 ex = attempt.load(exercise.solution)
 jax.config.update("jax_platforms", "cpu")

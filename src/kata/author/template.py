@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kata.catalog import Exercise, exercises
-from kata.stubs import make_stub
+from kata.course.catalog import Exercise, exercises
+from kata.course.stubs import make_stub
 
 SOLUTION = '''\
 """Exercise {number}: {title}.

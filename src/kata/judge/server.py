@@ -8,7 +8,6 @@ operations must not be forked: its threads do not exist in the child, but their 
 from __future__ import annotations
 
 import gc
-import importlib
 import os
 import signal
 import subprocess
@@ -23,14 +22,11 @@ from typing import cast
 
 import msgspec
 
-from kata.catalog import STEM, Exercise
-from kata.report import Detail, Report
+from kata.attempt.warm import IMPORTS, import_all, outside
+from kata.course.catalog import Exercise
+from kata.judge import session as sessions
+from kata.judge.report import Detail, Report
 
-# What torch imports at the first backward, mode or optimizer step is named too.
-IMPORTS = (
-    "numpy", "torch", "torch.distributed.tensor", "torch.utils.flop_counter", "torch._dynamo",
-    "torch.fx.experimental.symbolic_shapes", "einops", "pytest", "hypothesis", "kata.verdict",
-)  # fmt: skip
 LIMIT = 600.0  # seconds for a whole run
 TRIVIAL = """
 from hypothesis import given, strategies as st
@@ -40,7 +36,7 @@ def test_nothing(n, x):
 """
 
 
-class Job(msgspec.Struct):
+class Request(msgspec.Struct):
     """Judge one exercise: the learner's file, or `submission`."""
 
     root: str
@@ -68,25 +64,7 @@ def warm(imports: Iterable[str] = ()) -> None:
     gc.freeze()
 
 
-def import_all(names: Iterable[str]) -> None:
-    """Import what is there; a child will complain of what is not."""
-    os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    from kata.plugin import prepare_environment
-
-    prepare_environment()  # before torch._dynamo imports triton
-    for name in names:
-        with suppress(ImportError):
-            importlib.import_module(name)
-
-
-def outside(exercise: Exercise) -> list[str]:
-    """The modules of other packages that an exercise and its parts import."""
-    stems = (exercise.stem, *exercise.parts)
-    names = {name for stem in stems for name in Exercise(exercise.root, stem).modules}
-    return sorted(name for name in names if not STEM.fullmatch(name))
-
-
-def judge(job: Job, quiet: bool = True, client: Connection | None = None) -> Report:
+def judge(job: Request, quiet: bool = True, client: Connection | None = None) -> Report:
     """Run the specs of one exercise in this process; quiet: without pytest's own report.
 
     With a client: read the specs, wait for its word, and send it what failed before the mistake
@@ -94,16 +72,14 @@ def judge(job: Job, quiet: bool = True, client: Connection | None = None) -> Rep
     """
     import pytest
 
-    from kata import plugin
-
-    judges: list[plugin.Judge] = []
+    judges: list[sessions.Judge] = []
 
     def report() -> Report | None:
         return next((r for j in judges for r in j.reports if r.stem == job.stem), None)
 
     class Keep:
         def pytest_sessionstart(self, session: pytest.Session) -> None:
-            judges.append(session.config.stash[plugin.JUDGE])
+            judges.append(session.config.stash[sessions.JUDGE])
 
         @pytest.hookimpl(tryfirst=True)
         def pytest_runtestloop(self) -> None:
@@ -129,7 +105,7 @@ def judge(job: Job, quiet: bool = True, client: Connection | None = None) -> Rep
 class Child:
     """A forked child, which reads the specs of its job and waits. It is used once."""
 
-    def __init__(self, job: Job, warm_up: bool = False) -> None:
+    def __init__(self, job: Request, warm_up: bool = False) -> None:
         self.job, self.started, self._specs = job, 0.0, _version(job)
         self.connection, theirs = Pipe()
         self.pid = os.fork()
@@ -143,7 +119,7 @@ class Child:
         with suppress(OSError):  # whoever is first
             os.setpgid(self.pid, self.pid)
 
-    def fits(self, job: Job) -> bool:
+    def fits(self, job: Request) -> bool:
         """Whether it has read the specs of this job as they are now."""
         return self.job == job and self._specs == _version(job)
 
@@ -171,7 +147,7 @@ class Child:
         self.connection.close()
 
 
-def judge_all(jobs: list[Job], at_once: int) -> Iterator[tuple[int, Report, float]]:
+def judge_all(jobs: list[Request], at_once: int) -> Iterator[tuple[int, Report, float]]:
     """Judge many in children of this process: (which, its report, seconds), as they finish."""
     running: dict[Connection, tuple[int, Child]] = {}
     waiting = list(enumerate(jobs))
@@ -198,7 +174,7 @@ def judge_all(jobs: list[Job], at_once: int) -> Iterator[tuple[int, Report, floa
             child.end()
 
 
-def _live(client: Connection, job: Job, warm_up: bool) -> None:
+def _live(client: Connection, job: Request, warm_up: bool) -> None:
     """The life of a child: warm up while nobody waits, then judge."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with _silence():
@@ -208,7 +184,7 @@ def _live(client: Connection, job: Job, warm_up: bool) -> None:
     client.send_bytes(msgspec.msgpack.encode(report))
 
 
-def _version(job: Job) -> int:
+def _version(job: Request) -> int:
     """When the spec file was last written; 0 if it isn't there."""
     with suppress(OSError):
         return job.exercise.spec.stat().st_mtime_ns
@@ -226,7 +202,7 @@ def _warm_up(exercise: Exercise) -> None:
         jnp.ones(2).block_until_ready()
 
 
-def _no_verdict(job: Job, why: str) -> Report:
+def _no_verdict(job: Request, why: str) -> Report:
     return Report(job.stem, job.submission, error=Detail("error", why))
 
 
@@ -265,20 +241,20 @@ class _silence:
 class WarmServer:
     """A warm process of its own. `run` answers later: wait for `connection`, then `receive`."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Request) -> None:
         self.connection, theirs = Pipe()
-        command = [sys.executable, "-m", "kata.server", str(theirs.fileno())]
+        command = [sys.executable, "-m", "kata.judge.server", str(theirs.fileno())]
         self._process = subprocess.Popen(
             command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
         )
         theirs.close()
         self.prepare(job)
 
-    def prepare(self, job: Job) -> None:
+    def prepare(self, job: Request) -> None:
         """Have a child ready for this job."""
         self._send(("prepare", job))
 
-    def run(self, job: Job) -> None:
+    def run(self, job: Request) -> None:
         """Judge; a run that is under way is cancelled and gives no report."""
         self._send(("run", job))
 
@@ -289,7 +265,7 @@ class WarmServer:
         """
         return msgspec.msgpack.decode(self.connection.recv_bytes(), type=Report)
 
-    def judge(self, job: Job) -> Report:
+    def judge(self, job: Request) -> Report:
         """Run and wait for the last report."""
         self.run(job)
         while (report := self.receive()).naming:
@@ -303,7 +279,7 @@ class WarmServer:
         self._process.kill()
         self._process.wait()
 
-    def _send(self, message: tuple[str, Job]) -> None:
+    def _send(self, message: tuple[str, Request]) -> None:
         with suppress(BrokenPipeError):  # receive() will tell
             self.connection.send_bytes(msgspec.msgpack.encode(message))
 
@@ -331,7 +307,7 @@ def serve(client: Connection) -> None:
                     running, spare = None, spare or Child(job, warm_up=True)
             if client not in ready:
                 continue
-            what, job = msgspec.msgpack.decode(client.recv_bytes(), type=tuple[str, Job])
+            what, job = msgspec.msgpack.decode(client.recv_bytes(), type=tuple[str, Request])
             if running:
                 running.end()
                 running = None

@@ -25,10 +25,10 @@ from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kata import progress
-from kata.page import BEGIN, END, HEAD, remade
-from kata.progress import Entry, give_up, note, read, record_run, remake, standings
-from kata.report import Detail, Report, SpecReport
+from kata.judge.report import Detail, Report, SpecReport
+from kata.learn import record as progress
+from kata.learn.page import BEGIN, END, HEAD, remade
+from kata.learn.record import Entry, give_up, note, read, record_run, remake, standings
 
 PROJECT = Path(__file__).parents[2]
 STEM = "ex31_scaled_dot_product_attention"
@@ -572,7 +572,7 @@ def test_no_damage_loses_a_text_or_survives_a_remake(pieces, end):
 
 
 def test_importing_it_is_cheap():
-    code = "import sys, kata.progress; print({'torch', 'numpy', 'pytest'} & {*sys.modules})"
+    code = "import sys, kata.learn.record; print({'torch', 'numpy', 'pytest'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert done.stdout == "set()\n"
@@ -739,7 +739,7 @@ def forked(work):
 
 
 def step(root):
-    """Kill a writer at its first line in kata.progress, at its second, and so on to its end."""
+    """Kill a writer at its first line in kata.learn.record, at its second, and so on to its end."""
     write_page(root, ABOVE + BEGIN + b"\n" + END + b"\n" + BELOW + b"\n")
     number = 0
     while stepped(root, lambda: record_run(root, entry("failed")), number, rows=1):

@@ -25,9 +25,9 @@ import msgspec
 import torch
 import torch.distributed as dist
 
-from kata import attempt as attempts
-from kata.attempt import Done, Problem
-from kata.report import Frame
+from kata.attempt import forbidden, modules
+from kata.attempt.outcome import Done, Frame, Problem, problem
+from kata.attempt.performing import perform
 
 LIMIT = 30.0  # seconds for an attempt
 POLL = 0.1  # seconds between two looks at the ranks
@@ -253,13 +253,13 @@ def _be(rank: int, stack: Path, parent: Connection) -> None:
         try:
             device = _join(job.n, rank, store)
             parent.send_bytes(JOINED)
-            attempts.use_parts(Path(job.parts))
-            spec = attempts.load(Path(job.spec), Path(job.spec).stem)
-            attempts.forbid(getattr(spec, "WITHOUT", ()))
-            module = attempts.load(Path(job.module)) if job.module else None
-            done, _ = attempts.perform(getattr(spec, job.run), module, job.call, job.seed, device)
+            modules.use_parts(Path(job.parts))
+            spec = modules.load(Path(job.spec), Path(job.spec).stem)
+            forbidden.forbid(getattr(spec, "WITHOUT", ()))
+            module = modules.load(Path(job.module)) if job.module else None
+            done, _ = perform(getattr(spec, job.run), module, job.call, job.seed, device)
         except (Exception, SystemExit) as error:
-            done = Done(problem=attempts.problem(error, {str(job.module)}, rank))
+            done = Done(problem=problem(error, {str(job.module)}, rank))
         if done.problem:
             done.problem.rank = rank
         parent.send_bytes(msgspec.msgpack.encode(done))

@@ -6,14 +6,7 @@ from typing import Any
 
 import msgspec
 
-
-class Frame(msgspec.Struct):
-    """A line that an exception went through."""
-
-    file: str
-    line: int
-    function: str
-    text: str
+from kata.attempt.outcome import Frame
 
 
 class Detail(msgspec.Struct):

@@ -10,8 +10,8 @@ from rich.markdown import Markdown
 from rich.padding import Padding
 from rich.text import Text
 
-from kata.catalog import Exercise
-from kata.report import Detail, Report, SpecReport
+from kata.course.catalog import Exercise
+from kata.judge.report import Detail, Report, SpecReport
 
 MARKS = {"passed": ("✓", "green"), "failed": ("✗", "red"), "unwritten": ("○", "yellow"),
          "skipped": ("–", "dim")}  # fmt: skip

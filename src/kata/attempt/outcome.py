@@ -1,0 +1,124 @@
+"""What comes of an attempt, as data: a result, or a problem with the learner's frames."""
+
+from __future__ import annotations
+
+import builtins
+import re
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from kata.course.catalog import STEM
+
+UNWRITTEN = re.compile(r"exercise \d\d is not written yet")
+
+
+class Frame(msgspec.Struct):
+    """A line that an exception went through."""
+
+    file: str
+    line: int
+    function: str
+    text: str
+
+
+class Problem(msgspec.Struct):
+    """An exception as data. `types` are its class and the bases that every Python knows."""
+
+    types: list[str]
+    message: str
+    frames: list[Frame] = []
+    rank: int | None = None
+
+    @property
+    def unwritten(self) -> bool:
+        return bool(UNWRITTEN.fullmatch(self.message))
+
+
+class Done(msgspec.Struct):
+    """What came of an attempt: a result, or a problem."""
+
+    result: bytes = b""
+    problem: Problem | None = None
+    changed: list[str] = []
+    reached: str = ""  # a forbidden function, even if the code caught our complaint
+    seconds: float = 0.0
+
+
+class Attempted(msgspec.Struct):
+    """One line of the record: enough to do it again elsewhere."""
+
+    spec: str
+    run: str
+    call: bytes
+    seed: int
+    ranks: int
+    done: list[Done]
+
+
+class ArgumentChanged(AssertionError):
+    """The code under test wrote into its arguments."""
+
+
+class Reached(AssertionError):
+    """The code under test called what it was to write."""
+
+
+def problem(error: BaseException, files: set[str], rank: int | None = None) -> Problem:
+    """An exception as data, with the frames of the learner's files."""
+    if isinstance(error, Elsewhere):
+        return error.problem
+    chain: BaseException | None = error
+    while chain is not None:  # also inside a compiler's complaint, which quotes the line
+        if unwritten := UNWRITTEN.search(str(chain)):
+            return Problem(["NotImplementedError", "RuntimeError"], unwritten[0], [], rank)
+        chain = chain.__cause__ or chain.__context__
+    types = [
+        c.__name__ for c in type(error).__mro__ if c is type(error) or c.__module__ == "builtins"
+    ]
+    own = [f for f in frames(error) if f.file in files or STEM.fullmatch(Path(f.file).stem)]
+    if isinstance(error, SyntaxError) and error.filename:
+        own = [Frame(error.filename, error.lineno or 0, "", (error.text or "").rstrip())]
+    return Problem(
+        types, str(error) if not isinstance(error, SyntaxError) else error.msg, own, rank
+    )
+
+
+def frames(error: BaseException) -> list[Frame]:
+    """Where an exception went through, outermost first."""
+    return [
+        Frame(f.filename, f.lineno or 0, f.name, (f.line or "").strip())
+        for f in traceback.extract_tb(error.__traceback__)
+    ]
+
+
+def gravest(done: Sequence[Done]) -> Problem | None:
+    """Of several ranks' problems the one that the others follow from."""
+
+    def rank(problem: Problem) -> int:
+        if problem.types[0] == "RankWaits":
+            return 2
+        return int("gloo" in problem.message and "Connection" in problem.message)
+
+    return min((d.problem for d in done if d.problem), key=rank, default=None)
+
+
+class Elsewhere(Exception):
+    """An exception that was raised in another process, as near as it can be rebuilt here."""
+
+    problem: Problem
+
+
+def rebuilt(problem: Problem) -> Exception:
+    """An exception which `pytest.raises` takes for the original, if that was a built-in one."""
+    bases = [getattr(builtins, n, None) for n in problem.types]
+    base = next((b for b in bases if isinstance(b, type) and issubclass(b, Exception)), Exception)
+    kinds = (Elsewhere,) if base is Exception else (Elsewhere, base)
+    try:
+        error: Exception = type(problem.types[0], kinds, {})(problem.message)
+    except TypeError:  # one whose constructor wants more, such as UnicodeDecodeError
+        error = type(problem.types[0], (Elsewhere,), {})(problem.message)
+    error.problem = problem  # type: ignore[attr-defined]
+    return error

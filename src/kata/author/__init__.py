@@ -1,0 +1,1 @@
+"""For those who write exercises: the proof, the benchmark, and a template."""

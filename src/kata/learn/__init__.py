@@ -1,0 +1,1 @@
+"""The learner's side: the verdict as text, watching, the record of runs and progress.md."""
