@@ -24,7 +24,10 @@ class Detail(msgspec.Struct):
 
 
 class SpecReport(msgspec.Struct):
-    """How one spec went. `status` is passed, failed, unwritten or skipped."""
+    """How one spec went.
+
+    `status` is passed, failed, unwritten, skipped, or untried: the run ended before its turn.
+    """
 
     name: str
     status: str
@@ -32,6 +35,7 @@ class SpecReport(msgspec.Struct):
     detail: Detail | None = None
     reason: str = ""  # of a skip
     output: str = ""  # what the code printed
+    mistakes: list[str] = []  # the known ones that explain this failure
 
     @property
     def sentence(self) -> str:
@@ -42,33 +46,39 @@ class SpecReport(msgspec.Struct):
 
 
 class Report(msgspec.Struct):
-    """How an exercise went. `mistakes` are the known ones that the code behaves like."""
+    """How an exercise went."""
 
     stem: str
     submission: str
     specs: list[SpecReport] = []
-    mistakes: list[str] = []
-    naming: bool = False  # they are still looked for; another report follows
+    naming: bool = False  # names are still looked for; another report follows
     seconds: float = 0.0
     complete: bool = True  # every spec of the file was asked for
-    error: Detail | None = None  # the specs could not be read
+    error: Detail | None = None  # the submission or its specs could not be read, or the run ended
     warnings: list[str] = []  # of the record
+
+    @property
+    def mistakes(self) -> list[str]:
+        """All that has a name, once, in the order of the specs."""
+        return list(dict.fromkeys(says for spec in self.specs for says in spec.mistakes))
 
     def count(self, status: str) -> int:
         return sum(spec.status == status for spec in self.specs)
 
     @property
     def total(self) -> int:
-        """Specs that were judged: those skipped do not count."""
+        """Specs that were to be judged: those skipped do not count."""
         return len(self.specs) - self.count("skipped")
 
     @property
     def state(self) -> str:
-        """passed, failed, unwritten (nothing is written yet) or skipped."""
+        """passed, failed, unwritten (nothing is written yet), begun (something is) or skipped."""
         if self.error:
             return "failed"
-        if self.count("unwritten") and self.count("unwritten") + self.count("passed") == self.total:
-            return "unwritten"
         if self.total == 0:
             return "skipped"
-        return "passed" if self.count("passed") == self.total else "failed"
+        if self.count("passed") == self.total:
+            return "passed"
+        if unwritten := self.count("unwritten"):
+            return "unwritten" if unwritten == self.total else "begun"
+        return "failed"

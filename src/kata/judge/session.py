@@ -104,7 +104,9 @@ class Bench:
             forbidden.forbid(getattr(self.spec, "WITHOUT", ()))  # other specs may have come since
             known = variants.load(self.exercise).mistake
             found = naming.recognise(known, self.record, failed, self.replay, limit)
-            report.mistakes = [variant.says for variant in found]
+            for spec in report.specs:
+                if spec.status == "failed":
+                    spec.mistakes = [variant.says for variant in found]
 
     def close(self) -> None:
         if self._worker:

@@ -28,8 +28,8 @@ RECORD = ".kata/runs.jsonl"
 PAGE = "progress.md"
 LOCK = ".kata/progress.lock"
 
-State = Literal["passed", "failed", "unwritten"]
-WORDS = {"passed": "passed", "failed": "failing", "unwritten": "not written yet"}
+State = Literal["passed", "failed", "begun", "unwritten"]
+WORDS = {"passed": "passed", "failed": "failing", "begun": "begun", "unwritten": "not written yet"}
 
 
 class Entry(msgspec.Struct, frozen=True):

@@ -14,7 +14,7 @@ from kata.course.catalog import Exercise
 from kata.judge.report import Detail, Report, SpecReport
 
 MARKS = {"passed": ("✓", "green"), "failed": ("✗", "red"), "unwritten": ("○", "yellow"),
-         "skipped": ("–", "dim")}  # fmt: skip
+         "skipped": ("–", "dim"), "untried": ("·", "dim")}  # fmt: skip
 LINES_MORE = 20  # what a verdict has besides a line for each spec
 INSTALL = re.compile(r"No module named '([\w.]+)'")
 
@@ -72,6 +72,7 @@ def _head(report: Report, exercise: Exercise) -> Text:
         "passed": ("passed", "bold green"),
         "failed": ("not yet", "bold red"),
         "unwritten": ("not written yet", "bold yellow"),
+        "begun": ("begun", "bold yellow"),
         "skipped": ("skipped", "bold"),
     }
     count = f"  {report.count('passed')} of {report.total} specs" if report.total else ""
@@ -92,8 +93,8 @@ def _line(spec: SpecReport) -> Text:
 
 def _failure(report: Report, spec: SpecReport) -> RenderableType:
     parts: list[RenderableType] = []
-    if report.mistakes:
-        known = " Or: ".join(report.mistakes)
+    if spec.mistakes:
+        known = " Or: ".join(spec.mistakes)
         parts.append(Text.assemble(("a known mistake: ", "bold yellow"), (known, "bold")))
     if spec.detail:
         parts.append(_explain(spec.detail))

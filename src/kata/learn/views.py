@@ -22,7 +22,12 @@ def map_of(folder: Path) -> Group:
     table = Table.grid(padding=(0, 1))
     table.add_column(justify="right")
     table.add_column(no_wrap=False)
-    marks = {"passed": ("●", "green"), "failed": ("◐", "red"), "unwritten": ("○", "")}
+    marks = {
+        "passed": ("●", "green"),
+        "failed": ("◐", "red"),
+        "begun": ("◔", "yellow"),
+        "unwritten": ("○", ""),
+    }
     every = catalog.exercises(folder)
     for chapter, title in enumerate(catalog.CHAPTERS):
         own = [e for e in every if e.chapter == chapter]
