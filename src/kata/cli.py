@@ -54,20 +54,14 @@ def run(context: typer.Context, number: Number) -> None:
 
 
 def judge(exercise: Exercise, extras: list[str]) -> int:
-    """Run the specs here, show the verdict; 0 if they passed."""
-    os.environ.setdefault("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
-    from kata.judge import server
-    from kata.learn import verdict
+    """Run the specs, show the verdict; 0 if it says that they passed."""
+    from kata.judge.child import Request
+    from kata.learn import once
 
-    report = server.judge(
-        server.Request(str(exercise.root), exercise.stem, "", extras), quiet=not extras
-    )
+    request = Request(str(exercise.root), exercise.stem, "", extras, loud=bool(extras))
     following = views.next_after(exercise.root, exercise)
     suggestion = f"kata watch {following.number:02d}" if following else ""
-    verdict.show(report, exercise, console, suggestion)
-    for warning in report.warnings:
-        console.print(Text(warning, "yellow"))
-    return 0 if report.state in ("passed", "skipped") else 1
+    return once.run(request, console, suggestion)
 
 
 @app.command()

@@ -35,7 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     option("--parts", "whose earlier exercises are imported", choices=floors, default="solutions")
     option("--seed", "draw other inputs", type=int, default=0)
     option("--isolate", "run attempts in a worker process", action="store_true")
-    option("--time-limit", "seconds for one spec", type=float, default=60.0)
+    option("--time-limit", "seconds for one spec, 0: none", type=float, default=-1.0)
     option("--naming-limit", "seconds to find the known mistake", type=float, default=10.0)
 
 

@@ -12,8 +12,9 @@ import pytest
 
 from kata.author import proof
 from kata.course import catalog
+from kata.judge.child import Request
 from kata.judge.report import Report
-from kata.judge.server import Request, WarmServer
+from kata.judge.server import WarmServer
 
 ROOT = Path(__file__).parents[2]
 EVERY = catalog.exercises(ROOT)
@@ -23,10 +24,10 @@ EVERY = catalog.exercises(ROOT)
 COLD = """
 import sys, msgspec
 from kata.attempt.ranks import RankServer
-from kata.judge.server import Request, judge
+from kata.judge.child import Request, judge
 RankServer.current = RankServer()
 for line in sys.stdin.buffer:
-    report = judge(msgspec.json.decode(line, type=Job))
+    report = judge(msgspec.json.decode(line, type=Request))
     sys.stdout.buffer.write(msgspec.json.encode(report) + b"\\n")
     sys.stdout.flush()
 """
@@ -38,7 +39,7 @@ def judged_cold(jobs: list[Request]) -> list[Report]:
     command = [sys.executable, "-c", COLD]
     done = subprocess.run(command, input=lines, capture_output=True, env=env)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
-    answers = [line for line in done.stdout.splitlines() if line.startswith(b'{"stem"')]
+    answers = [line for line in done.stdout.splitlines() if line.startswith(b'{"type":"Report"')]
     return [msgspec.json.decode(line, type=Report) for line in answers]
 
 

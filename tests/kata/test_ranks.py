@@ -58,12 +58,13 @@ def pids(ex, x):
 SCRIPT = """
 import sys, torch
 from kata.attempt import outcome, wire
-from kata.attempt.ranks import Job, RankServer
+from kata.attempt.outcome import Job
+from kata.attempt.ranks import Launch, RankServer
 server = RankServer()
 call = wire.encode(((torch.ones(3),), {}))
 for each in sys.argv[2:]:
     run, n = each.split(":")
-    done = server.run(Job(int(n), sys.argv[1], None, "/", run, call, 0, limit=20.0))
+    done = server.run(Launch(Job("", run, call, 0, int(n)), sys.argv[1], None, "/", limit=20.0))
     problem = outcome.gravest(done)
     if problem is None:
         print(each, [wire.decode(d.result) for d in done])

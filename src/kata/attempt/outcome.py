@@ -47,15 +47,25 @@ class Done(msgspec.Struct):
     seconds: float = 0.0
 
 
-class Attempted(msgspec.Struct):
-    """One line of the record: enough to do it again elsewhere."""
+class Job(msgspec.Struct):
+    """An attempt that is asked for: `run`, a function of the spec file, on some module."""
 
     spec: str
     run: str
-    call: bytes
-    seed: int
-    ranks: int
+    call: bytes  # the arguments, see wire.py
+    seed: int  # of the global random generators
+    ranks: int = 0  # 0: in one process
+
+
+class Attempted(msgspec.Struct):
+    """One line of the record: enough to do it again elsewhere."""
+
+    job: Job
     done: list[Done]
+
+    @property
+    def spec(self) -> str:
+        return self.job.spec
 
 
 class ArgumentChanged(AssertionError):

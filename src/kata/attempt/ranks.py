@@ -13,6 +13,7 @@ import importlib
 import os
 import re
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -26,10 +27,11 @@ import torch
 import torch.distributed as dist
 
 from kata.attempt import forbidden, modules
-from kata.attempt.outcome import Done, Frame, Problem, problem
+from kata.attempt.outcome import Done, Frame, Job, Problem, problem
 from kata.attempt.performing import perform
+from kata.attempt.scratch import Scratch
 
-LIMIT = 30.0  # seconds for an attempt
+LIMIT = 15.0  # seconds for an attempt
 POLL = 0.1  # seconds between two looks at the ranks
 STILL = 10  # looks without any work on any rank in between: they wait for each other
 STILL_AFTER_FAILURE = 2  # the same once a rank has failed
@@ -39,85 +41,116 @@ GRACE = 0.5  # seconds for the others once a rank has failed
 JOINED = b""  # what a rank sends before its result
 
 
-class Job(msgspec.Struct):
-    """`run` of the spec file, on the module of a file, on n ranks. No module: on None."""
+class Launch(msgspec.Struct):
+    """A job on ranks: the spec file, and the module's file. No module: on None."""
 
-    n: int
-    spec: str
+    job: Job
+    spec_file: str
     module: str | None
     parts: str
-    run: str
-    call: bytes
-    seed: int
     limit: float = LIMIT
 
 
 class RankServer:
-    """Forks ranks on request. Start it before this process runs anything in torch or JAX."""
+    """Forks ranks on request. Start it before this process runs anything in torch or JAX.
+
+    Should it die, the next launch starts another. That one can't be forked any more, and takes
+    seconds to import what it needs.
+    """
 
     current: ClassVar[RankServer | None] = None  # for several pytest runs in one process
 
     def __init__(self) -> None:
+        self._scratch = Scratch("ranks")
         self._connection, theirs = Pipe()
         self.pid = os.fork()
         if self.pid == 0:
             self._connection.close()
             try:
-                _serve(theirs)
+                _serve(theirs, self._scratch)
             finally:
                 os._exit(0)
         theirs.close()
 
-    def run(self, job: Job) -> list[Done]:
+    def run(self, launch: Launch) -> list[Done]:
         """One result a rank."""
-        self._connection.send_bytes(msgspec.msgpack.encode(job))
-        return msgspec.msgpack.decode(self._connection.recv_bytes(), type=list[Done])
+        for _ in range(2):
+            try:
+                self._connection.send_bytes(msgspec.msgpack.encode(launch))
+                return msgspec.msgpack.decode(self._connection.recv_bytes(), type=list[Done])
+            except (EOFError, OSError, msgspec.MsgspecError):
+                self._start_another()
+            except BaseException:  # out of time: what it answers later is for nobody
+                self._start_another()
+                raise
+        return [Done(problem=Problem(["RanksDied"], "the server of the ranks died, twice"))]
+
+    def _start_another(self) -> None:
+        self.close()
+        self._scratch = Scratch("ranks")
+        self._connection, theirs = Pipe()
+        command = [sys.executable, "-m", "kata.attempt.ranks", str(theirs.fileno())]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        self.pid = subprocess.Popen(
+            [*command, str(self._scratch.path)],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            env=environment,
+        ).pid
+        theirs.close()
 
     def close(self) -> None:
         """End the server, and with it whatever rank is left."""
         self._connection.close()
-        os.waitpid(self.pid, 0)
+        with suppress(ChildProcessError):
+            os.waitpid(self.pid, 0)
+        self._scratch.remove()
 
 
-def _serve(requests: Connection) -> None:
+def _serve(requests: Connection, scratch: Scratch) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches our parent, and we end with it
     signal.setitimer(signal.ITIMER_REAL, 0)
     with suppress(ImportError):  # torch does at the first backward, for a second in every rank
         importlib.import_module("torch.fx.experimental.symbolic_shapes")
     gc.freeze()  # else a collection in a rank walks all of torch
     ranks: list[_Rank] = []  # by their number: used again, in new process groups
-    with tempfile.TemporaryDirectory(prefix="kata-ranks-") as folder:
-        try:
-            while job := _receive(requests):
-                done = _attempt(ranks, job, requests, Path(folder))
-                if done is None:
-                    return
-                if any(d.problem for d in done):
-                    _end(ranks)
-                requests.send_bytes(msgspec.msgpack.encode(done))
-        finally:
-            _end(ranks)
+    try:
+        while launch := _receive(requests):
+            done = _attempt(ranks, launch, requests, scratch.path)
+            if done is None:
+                return
+            if any(d.problem for d in done):
+                _end(ranks)
+            requests.send_bytes(msgspec.msgpack.encode(done))
+    except OSError:
+        pass  # nobody asks any more
+    finally:
+        _end(ranks)
+        scratch.remove()  # our parent does, unless it was killed
 
 
-def _attempt(ranks: list[_Rank], job: Job, requests: Connection, folder: Path) -> list[Done] | None:
-    """What comes of a job on the first n ranks. None if nobody asks any more."""
+def _attempt(
+    ranks: list[_Rank], launch: Launch, requests: Connection, folder: Path
+) -> list[Done] | None:
+    """What comes of a launch on the first n ranks. None if nobody asks any more."""
     used = bool(ranks)
-    for rank in range(len(ranks), job.n):
+    for rank in range(len(ranks), launch.job.ranks):
         ranks.append(_Rank(rank, folder, ranks))
-    team, store = ranks[: job.n], tempfile.mktemp(dir=folder)
+    team, store = ranks[: launch.job.ranks], tempfile.mktemp(dir=folder)
     for each in team:
-        each.start(job, store)
-    done = _collect(team, job, requests)
-    if done and used and not all(each.joined for each in team):
-        _end(ranks)  # the attempt before left something: once more with fresh ones
-        return _attempt(ranks, job, requests, folder)
+        each.start(launch, store)
+    done = _collect(team, launch, requests)
+    if done and not all(each.began for each in team):
+        _end(ranks)  # an earlier attempt left something, or one was killed: with fresh ones
+        if used:
+            return _attempt(ranks, launch, requests, folder)
     return done
 
 
-def _receive(connection: Connection) -> Job | None:
-    """The next job; None if nobody asks any more."""
+def _receive(connection: Connection) -> Launch | None:
+    """What to launch next; None if nobody asks any more."""
     try:
-        return msgspec.msgpack.decode(connection.recv_bytes(), type=Job)
+        return msgspec.msgpack.decode(connection.recv_bytes(), type=Launch)
     except (EOFError, OSError):
         return None
 
@@ -130,8 +163,8 @@ def _end(ranks: list[_Rank]) -> None:
 class _Rank:
     """A forked rank, seen from its parent."""
 
-    job: Job
-    joined: bool  # whether it has entered the process group
+    launch: Launch
+    began: bool  # whether it has entered the process group, so that the code may have run
     done: Done | None
 
     def __init__(self, rank: int, folder: Path, earlier: list[_Rank]) -> None:
@@ -147,28 +180,38 @@ class _Rank:
                 os._exit(0)
         theirs.close()
 
-    def start(self, job: Job, store: str) -> None:
-        self.job, self.joined, self.done = job, False, None
-        with suppress(BrokenPipeError):  # receive() will tell
-            self.connection.send_bytes(msgspec.msgpack.encode((job, store)))
+    def start(self, launch: Launch, store: str) -> None:
+        self.launch, self.began, self.done = launch, False, None
+        with suppress(OSError):  # receive() will tell
+            self.connection.send_bytes(msgspec.msgpack.encode((launch, store)))
 
     def receive(self) -> None:
         try:
             sent = self.connection.recv_bytes()
             if sent == JOINED:
-                self.joined = True
+                self.began = True
             else:
                 self.done = msgspec.msgpack.decode(sent, type=Done)
-        except EOFError:
-            _, status = os.waitpid(self.pid, 0)
-            self.pid = 0
-            how = (
-                f"was ended by {signal.Signals(os.WTERMSIG(status)).name}"
-                if os.WIFSIGNALED(status)
-                else f"left with status {os.WEXITSTATUS(status)}"
-            )
-            message = f"rank {self.rank} {how} and gave no result"
-            self.done = Done(problem=Problem(["RankDied", "RuntimeError"], message, rank=self.rank))
+        except (EOFError, OSError, msgspec.MsgspecError):
+            self.done = Done(problem=self._died())
+
+    def _died(self) -> Problem:
+        """How it ended. One that is still there has sent nonsense, or closed its side."""
+        for _ in range(20):
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.pid = 0
+                how = (
+                    f"was ended by {signal.Signals(os.WTERMSIG(status)).name}"
+                    if os.WIFSIGNALED(status)
+                    else f"left with status {os.WEXITSTATUS(status)}"
+                )
+                break
+            time.sleep(0.01)
+        else:
+            how = "went away"
+        message = f"rank {self.rank} {how} and gave no result"
+        return Problem(["RankDied", "RuntimeError"], message, rank=self.rank)
 
     def cpu_time(self) -> str:
         """Ticks of work so far; a new value each time while it runs, or where nobody can tell."""
@@ -186,8 +229,8 @@ class _Rank:
             time.sleep(0.01)
             if self.stack.exists() and (frames := _frames(self.stack.read_text())):
                 break
-        own = {self.job.module, self.job.spec}
-        at = next((f for f in frames if f.file == self.job.module), None)
+        own = {self.launch.module, self.launch.spec_file}
+        at = next((f for f in frames if f.file == self.launch.module), None)
         at = at or next((f for f in frames if f.file in own), None)
         names = [f.function for f in frames if "/torch/distributed/" in f.file]
         names = [n for n in names if not n.startswith("_") and n != "wrapper"]
@@ -205,11 +248,11 @@ class _Rank:
         self.connection.close()
 
 
-def _collect(ranks: list[_Rank], job: Job, requests: Connection) -> list[Done] | None:
+def _collect(ranks: list[_Rank], launch: Launch, requests: Connection) -> list[Done] | None:
     """Wait for all, or until waiting has no sense. None if nobody asks any more."""
-    end = time.monotonic() + job.limit
+    end = time.monotonic() + launch.limit
     seen, still, limit = "", 0, STILL
-    why = f"not done after {job.limit:g} s"
+    why = f"not done after {launch.limit:g} s"
     while waiting := [r for r in ranks if r.done is None]:
         if time.monotonic() > end:
             break
@@ -247,19 +290,24 @@ def _be(rank: int, stack: Path, parent: Connection) -> None:
     faulthandler.register(signal.SIGUSR1, file=file, all_threads=False)
     for name in ("stdout", "stderr"):
         getattr(sys, name).flush()
+    # What gloo's C++ says of its end ("terminate called after throwing …") would stand above the
+    # verdict, which tells the same in words. What Python prints goes on as before.
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
     torch.set_num_threads(1)
     while True:
-        job, store = msgspec.msgpack.decode(parent.recv_bytes(), type=tuple[Job, str])
+        launch, store = msgspec.msgpack.decode(parent.recv_bytes(), type=tuple[Launch, str])
+        job = launch.job
         try:
-            device = _join(job.n, rank, store)
+            device = _join(job.ranks, rank, store)
             parent.send_bytes(JOINED)
-            modules.use_parts(Path(job.parts))
-            spec = modules.load(Path(job.spec), Path(job.spec).stem)
+            modules.use_parts(Path(launch.parts))
+            spec = modules.load(Path(launch.spec_file), Path(launch.spec_file).stem)
             forbidden.forbid(getattr(spec, "WITHOUT", ()))
-            module = modules.load(Path(job.module)) if job.module else None
+            module = modules.load(Path(launch.module)) if launch.module else None
             done, _ = perform(getattr(spec, job.run), module, job.call, job.seed, device)
         except (Exception, SystemExit) as error:
-            done = Done(problem=problem(error, {str(job.module)}, rank))
+            done = Done(problem=problem(error, {str(launch.module)}, rank))
         if done.problem:
             done.problem.rank = rank
         parent.send_bytes(msgspec.msgpack.encode(done))
@@ -278,3 +326,8 @@ def _join(n: int, rank: int, store: str) -> str:
         return f"cuda:{rank}"
     dist.init_process_group("gloo", store=meeting, rank=rank, world_size=n)
     return "cpu"
+
+
+if __name__ == "__main__":
+    _serve(Connection(int(sys.argv[1])), Scratch.at(Path(sys.argv[2])))
+    os._exit(0)

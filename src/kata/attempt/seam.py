@@ -8,27 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from zlib import crc32
 
 from kata.attempt import wire
-from kata.attempt.outcome import ArgumentChanged, Attempted, Done, Reached, gravest
+from kata.attempt.outcome import ArgumentChanged, Attempted, Job, Reached, gravest, rebuilt
 from kata.attempt.performing import Run
-
-Performer = Callable[[Run, bytes, int, int], tuple[list[Done], BaseException | None]]
+from kata.attempt.places import Place
 
 
 class Attempt:
     """What specs call: `attempt(run, *args)` runs `run(ex, *args)` and returns plain data.
 
-    `perform(run, call, seed, ranks)` is the place. Every attempt goes into `record`.
+    Every attempt goes into `record`; `given` has those of this spec, with the results as objects.
     """
 
-    def __init__(self, perform: Performer, record: list[Attempted], seed: int) -> None:
-        self._perform, self.record, self._seed = perform, record, seed
+    def __init__(self, place: Place, record: list[Attempted], seed: str) -> None:
+        self.place, self.record, self._seed = place, record, seed
         self.begin("")
 
     def begin(self, spec: str) -> None:
         """What follows belongs to this spec."""
         self.spec, self.unwritten = spec, ""
+        self.given: list[tuple[Attempted, list[Any]]] = []
 
     def __call__(self, run: Run, /, *args: Any, may_change: bool = False, **kwargs: Any) -> Any:
         __tracebackhide__ = True
@@ -51,20 +52,24 @@ class Attempt:
             raise TypeError(
                 f"attempt takes a function of the spec's module, got {run.__qualname__}"
             )
-        call = wire.encode((args, kwargs))
-        seed = self._seed + len(self.record)
-        done, error = self._perform(run, call, seed, ranks)
-        self.record.append(Attempted(self.spec, run.__name__, call, seed, ranks, done))
-        if error is not None:
-            grave = gravest(done)
-            if grave and grave.unwritten:
+        # The seed follows from the spec and the attempt's place in it, so that an attempt stays the
+        # same whatever the specs before it did.
+        seed = crc32(f"{self._seed} {self.spec} {len(self.given)}".encode())
+        job = Job(self.spec, run.__name__, wire.encode((args, kwargs)), seed, ranks)
+        attempted = Attempted(job, self.place.perform(job))
+        self.record.append(attempted)
+        results: list[Any] = []
+        self.given.append((attempted, results))
+        if grave := gravest(attempted.done):
+            if grave.unwritten:
                 self.unwritten = grave.message
-            raise error
-        if reached := next((d.reached for d in done if d.reached), ""):
+            raise self.place.error or rebuilt(grave)
+        if reached := next((d.reached for d in attempted.done if d.reached), ""):
             raise Reached(reached)
-        changed = sorted({name for d in done for name in d.changed})
+        changed = sorted({name for d in attempted.done for name in d.changed})
         if changed and not may_change:
             raise ArgumentChanged(
                 f"{run.__name__} must leave its argument {', '.join(changed)} as it was"
             )
-        return [wire.decode(d.result) for d in done]
+        results += [wire.decode(d.result) for d in attempted.done]
+        return list(results)

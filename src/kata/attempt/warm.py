@@ -1,21 +1,33 @@
-"""What a process does before it is forked: imports, and nothing in torch or JAX."""
+"""What a process does before it is forked: imports, and nothing in torch or JAX.
+
+One that has only imported may be forked safely, and its children need no second import. One that
+has run torch or JAX operations must not: its threads do not exist in a child, but their locks do.
+"""
 
 from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterable
-from contextlib import suppress
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 
 from kata.course.catalog import STEM, Exercise
 
-# What torch imports at the first backward, mode or optimizer step is named too.
-IMPORTS = (
-    "numpy", "torch", "torch.distributed.tensor", "torch.utils.flop_counter", "torch._dynamo",
-    "torch.fx.experimental.symbolic_shapes", "einops", "pytest", "hypothesis", "kata.learn.verdict",
+ALWAYS = ("numpy", "torch", "einops", "pytest", "hypothesis", "kata.plugin")
+# What torch imports at the first backward, mode or optimizer step: more than a second.
+LATER = (
+    "torch.distributed.tensor", "torch.utils.flop_counter", "torch._dynamo",
+    "torch.fx.experimental.symbolic_shapes",
 )  # fmt: skip
+IMPORTS = (*ALWAYS, *LATER)
+
+
+def is_cold() -> bool:
+    """Whether an operation here may still have to import what takes seconds."""
+    return LATER[-1] not in sys.modules
 
 
 def prepare_environment() -> None:
@@ -44,3 +56,32 @@ def outside(exercise: Exercise) -> list[str]:
     stems = (exercise.stem, *exercise.parts)
     names = {name for stem in stems for name in Exercise(exercise.root, stem).modules}
     return sorted(name for name in names if not STEM.fullmatch(name))
+
+
+def warm_up(exercise: Exercise) -> None:
+    """In a child, and ahead: what the first operation would pay for, thread pools and backends."""
+    (torch.ones(256, 256) @ torch.ones(256, 256)).sum()
+    if "jax" in exercise.imports:
+        import jax.numpy as jnp
+
+        jnp.ones(2).block_until_ready()
+
+
+@contextmanager
+def silence(really: bool = True) -> Iterator[None]:
+    """What is printed by anybody goes nowhere (a spec's own output is captured by pytest)."""
+    if not really:
+        yield
+        return
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    kept = [os.dup(fd) for fd in (1, 2)]
+    with open(os.devnull, "w") as nowhere:
+        for fd in (1, 2):
+            os.dup2(nowhere.fileno(), fd)
+    try:
+        yield
+    finally:
+        for fd, old in zip((1, 2), kept, strict=True):
+            os.dup2(old, fd)
+            os.close(old)

@@ -21,8 +21,9 @@ import torch
 from kata.attempt.warm import outside
 from kata.course import variants
 from kata.course.catalog import Exercise
+from kata.judge.child import Request, judge_all
 from kata.judge.report import Report
-from kata.judge.server import Request, judge_all, warm
+from kata.judge.server import warm
 
 Check = Callable[[Report], list[str]]
 

@@ -9,11 +9,12 @@ import pytest
 
 from kata.attempt import outcome, wire
 from kata.attempt.outcome import Attempted
+from kata.judge.limits import OutOfTime
 from kata.judge.report import Detail
 from kata.testing import Mismatch, summary
 
 if TYPE_CHECKING:
-    from kata.judge.session import Bench
+    from kata.judge.bench import Bench
 
 WANTED = re.compile(
     r"Regex pattern did not match\.\s+Expected regex: (.*)\n\s+Actual message: (.*)"
@@ -49,7 +50,7 @@ def detail_of(bench: Bench, error: BaseException) -> Detail:
         detail.kind = "changed"
     elif isinstance(error, AssertionError) and not problem.frames:
         detail.kind = "assertion"
-    elif isinstance(error, TimeoutError) and not isinstance(error, outcome.Elsewhere):
+    elif isinstance(error, OutOfTime):
         detail.kind = "time"
     elif isinstance(error, wire.NotPlainData):
         detail.message = f"the result: {problem.message}"
@@ -62,10 +63,10 @@ def call_of(bench: Bench, past: Attempted) -> str:
     """The attempt as a call: `attend(q: float64[3, 4], mask: None)`."""
     import inspect
 
-    args, kwargs = wire.decode(past.call)
-    names = list(inspect.signature(getattr(bench.spec, past.run)).parameters)[1:]
+    args, kwargs = wire.decode(past.job.call)
+    names = list(inspect.signature(getattr(bench.spec, past.job.run)).parameters)[1:]
     names += [""] * (len(args) - len(names))
     named = [*zip(names, args, strict=False), *kwargs.items()]
     shown = ", ".join(f"{n}: {summary(v, values=False)}" if n else summary(v) for n, v in named)
-    ranks = f" on {past.ranks} ranks" if past.ranks else ""
-    return f"{past.run}({shown}){ranks}"
+    ranks = f" on {past.job.ranks} ranks" if past.job.ranks else ""
+    return f"{past.job.run}({shown}){ranks}"

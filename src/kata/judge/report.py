@@ -23,7 +23,20 @@ class Detail(msgspec.Struct):
     mismatch: dict[str, Any] = {}
 
 
-class SpecReport(msgspec.Struct):
+class Plan(msgspec.Struct, tag=True):
+    """The specs that will be judged, in their order."""
+
+    specs: list[str]
+
+
+class Starts(msgspec.Struct, tag=True):
+    """A spec begins, and may take so many seconds (0: as long as it likes)."""
+
+    spec: str
+    limit: float
+
+
+class SpecReport(msgspec.Struct, tag=True):
     """How one spec went.
 
     `status` is passed, failed, unwritten, skipped, or untried: the run ended before its turn.
@@ -45,7 +58,7 @@ class SpecReport(msgspec.Struct):
         return f"{words} ({parameters.rstrip(']')})" if bracket else words
 
 
-class Report(msgspec.Struct):
+class Report(msgspec.Struct, tag=True):
     """How an exercise went."""
 
     stem: str

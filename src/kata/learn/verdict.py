@@ -50,6 +50,19 @@ def show(report: Report, exercise: Exercise, console: Console, next_one: str = "
         console.print(_indent(Text.assemble("a hint: ", (hints, "bold"))))
 
 
+def show_names(report: Report, console: Console) -> None:
+    """The names that came after the verdict."""
+    named = [spec for spec in report.specs if spec.mistakes]
+    for spec in named:
+        known = " Or: ".join(spec.mistakes)
+        console.print(_line(spec))
+        console.print(
+            _indent(Text.assemble(("a known mistake: ", "bold yellow"), (known, "bold")), 4)
+        )
+    if not named:
+        console.print(Text("it is no known mistake", "dim"))
+
+
 def plain(detail: Detail) -> str:
     """Why a spec failed, as plain text."""
     console = Console(width=120, no_color=True, highlight=False, force_terminal=False)

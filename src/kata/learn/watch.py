@@ -19,9 +19,10 @@ from rich.text import Text
 from watchfiles import watch as changes
 
 from kata.course.catalog import Exercise
-from kata.judge.report import Report
+from kata.judge.report import Report, SpecReport, Starts
 from kata.judge.server import Request, WarmServer
 from kata.learn import verdict, views
+from kata.learn.recorder import write_down
 
 KEYS = {
     "n": "next", "h": "hint", "d": "diff", "p": "picture", "l": "list", "r": "rerun", "q": "quit",
@@ -38,6 +39,7 @@ class Watch:
         self.seen = self.saved()
         self.running = self.told = False
         self.report: Report | None = None
+        self.spec = ""  # that runs
 
     @property
     def job(self) -> Request:
@@ -80,29 +82,37 @@ class Watch:
                     self.rerun()
                 elif self.running and not ready and not self.told:
                     self.told = True
-                    self.console.print(Text("judging …", "dim"))
+                    sentence = SpecReport(self.spec, "").sentence
+                    self.console.print(Text(f"judging: {sentence or 'reading the specs'}", "dim"))
 
     def rerun(self) -> None:
         """Judge now; what is being judged is cancelled."""
-        self.running, self.told = True, False
+        if self.report and self.report.naming:  # it has no name yet, and is a try all the same
+            write_down(self.report, self.job)
+        self.running, self.told, self.spec, self.report = True, False, "", None
         self.server.run(self.job)
 
     def receive(self) -> None:
         """Show the verdict that has come."""
         try:
-            self.report = self.server.receive()
+            message = self.server.receive()
         except (EOFError, OSError):
             self.console.print(Text("the server of verdicts has ended; starting another", "yellow"))
             self.server.close()
             self.server = WarmServer(self.job)
             self.rerun()
             return
+        if isinstance(message, Starts):
+            self.spec = message.spec
+            return
+        self.report = message
         self.running = self.report.naming
         if self.console.is_terminal:
             self.console.clear()
         verdict.show(self.report, self.exercise, self.console, "press n")
-        for warning in self.report.warnings:
-            self.console.print(Text(warning, "yellow"))
+        if not self.report.naming:
+            for warning in write_down(self.report, self.job):
+                self.console.print(Text(warning, "yellow"))
         if self.report.naming:
             self.console.print(Text("looking whether this is a known mistake …", "dim"))
             self.told = True
