@@ -337,7 +337,8 @@ def test_any_bytes_decode_to_data_or_are_bad(message: bytes) -> None:
 
 def forged(tree: Any, **named: torch.Tensor) -> bytes:
     tensors = {name.removeprefix("t"): x for name, x in named.items()}
-    return msgspec.msgpack.encode([tree, safetensors.torch.save(tensors) if tensors else b""])
+    packed = msgspec.msgpack.encode(tree)
+    return msgspec.msgpack.encode([packed, safetensors.torch.save(tensors) if tensors else b""])
 
 
 def claim(kind: str, **changes: Any) -> bytes:
@@ -472,9 +473,9 @@ def test_a_tree_that_is_none_of_ours_is_bad(tree: Any) -> None:
         b"\x91" * 100_000,
         b"\xdd\xff\xff\xff\xff",
         b"\xc6\xff\xff\xff\xff",
-        msgspec.msgpack.encode([1, b"\xff" * 8]),
-        msgspec.msgpack.encode([1, b"\0" * 7]),
-        msgspec.msgpack.encode([["list"], b"\x02" + b"\0" * 6 + b"\1{}"]),
+        msgspec.msgpack.encode([b"\1", b"\xff" * 8]),
+        msgspec.msgpack.encode([b"\1", b"\0" * 7]),
+        msgspec.msgpack.encode([b"\x91\xa4list", b"\x02" + b"\0" * 6 + b"\1{}"]),
     ],
     ids=lambda m: m[:8].hex(),
 )  # fmt: skip
@@ -499,3 +500,27 @@ def test_a_small_message_cannot_ask_for_much_memory() -> None:
         assert tracemalloc.get_traced_memory()[1] < 5_000_000
     finally:
         tracemalloc.stop()
+
+
+def test_all_tensors_together_expand_to_no_more_than_the_limit(monkeypatch):
+    """Each for itself is small enough."""
+    monkeypatch.setattr(wire, "LIMIT", 10_000)
+    views = [torch.ones(1).expand(1_000) for _ in range(3)]
+    with pytest.raises(NotPlainData, match="too large"):
+        wire.encode(views)
+    wire.encode(views[:2])
+
+    monkeypatch.setattr(wire, "LIMIT", 100_000)
+    message = wire.encode(views)
+    monkeypatch.setattr(wire, "LIMIT", 10_000)
+    with pytest.raises(BadMessage, match="too large"):
+        wire.decode(message, limit=100_000)
+
+
+def test_what_is_no_tensor_is_bounded_before_it_is_read(monkeypatch):
+    message = wire.encode([0] * 10_000)
+    monkeypatch.setattr(wire, "TREE", 5_000)
+    with pytest.raises(NotPlainData, match="the limit is 5,000"):
+        wire.encode([0] * 10_000)
+    with pytest.raises(BadMessage, match="the limit is 5,000"):
+        wire.decode(message)

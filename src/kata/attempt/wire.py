@@ -1,9 +1,9 @@
 """Plain data to bytes and back: bounded, exact, and never pickle.
 
 Plain data are tensors, arrays, numbers, strings, bytes, None and torch dtypes, and lists, tuples
-and dicts of them. A message is msgpack of [tree, safetensors]; the tree names the tensors by
-number. Strides survive, and so does what lies between the elements of a view: equal bytes mean that
-nothing changed.
+and dicts of them. A message is msgpack of [tree, safetensors]; the tree, msgpack itself so that its
+size is seen before it is read, names the tensors by number. Strides survive, and so does what lies
+between the elements of a view: equal bytes mean that nothing changed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import safetensors
 import safetensors.torch
 import torch
 
-LIMIT = 1 << 30
+LIMIT = 1 << 30  # bytes of a message, and of all that it expands to
+TREE = 1 << 25  # bytes of the tree: what is no tensor
 DEPTH = 64
 DIMENSIONS = 64  # NumPy's own limit
 DTYPES = {str(t).removeprefix("torch."): t for t in vars(torch).values() if type(t) is torch.dtype}
@@ -39,12 +40,17 @@ class BadMessage(ValueError):
 
 def encode(data: Any, limit: int = LIMIT) -> bytes:
     """Turn plain data into bytes. Equal data (also in strides) give equal bytes."""
-    tensors: list[torch.Tensor] = []
+    tensors = _Sent()
     tree = _tree(data, tensors, DEPTH)
     # Named by number with leading zeros: safetensors orders its entries by dtype, then name.
     named = {f"{i:06d}": t for i, t in enumerate(tensors)}
     blob = safetensors.torch.save(named) if named else b""
-    message = msgspec.msgpack.encode([tree, blob])
+    packed = msgspec.msgpack.encode(tree)
+    if len(packed) > TREE:
+        raise NotPlainData(
+            f"{len(packed):,} bytes beside the tensors are too many to send, the limit is {TREE:,}"
+        )
+    message = msgspec.msgpack.encode([packed, blob])
     if len(message) > limit:
         raise NotPlainData(f"{len(message):,} bytes are too many to send, the limit is {limit:,}")
     return message
@@ -55,14 +61,16 @@ def decode(message: bytes, limit: int = LIMIT) -> Any:
     if len(message) > limit:
         raise BadMessage(f"{len(message):,} bytes are too many to read, the limit is {limit:,}")
     try:
-        tree, blob = msgspec.msgpack.decode(message, type=tuple[Any, bytes])
-        tensors = safetensors.torch.load(blob) if blob else {}
-        return _data(tree, tensors)
+        packed, blob = msgspec.msgpack.decode(message, type=tuple[bytes, bytes])
+        if len(packed) > TREE:
+            raise BadMessage(f"a tree of {len(packed):,} bytes, the limit is {TREE:,}")
+        tensors = _Received(safetensors.torch.load(blob) if blob else {})
+        return _data(msgspec.msgpack.decode(packed), tensors)
     except Exception as error:  # whatever it is that strange bytes make fail
         raise BadMessage(f"not a message: {error}") from error
 
 
-def _tree(data: Any, tensors: list[torch.Tensor], depth: int) -> Any:
+def _tree(data: Any, tensors: _Sent, depth: int) -> Any:
     """Scalars stand for themselves, everything else is a list whose head is its kind."""
     if depth == 0:
         raise NotPlainData(f"nested more than {DEPTH} deep")
@@ -107,18 +115,43 @@ def _span(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, int]:
     return sum(s for s in steps if s < 0), sum(s for s in steps if s > 0)
 
 
-def _too_large(shape: Sequence[int], itemsize: int) -> bool:
-    """A stride of 0 makes much of little, so the bytes of a message are no bound by themselves."""
-    return len(shape) > DIMENSIONS or math.prod(shape) * itemsize > LIMIT
+class _Room:
+    """How much all tensors of a message may expand to.
+
+    A stride of 0 makes much of little, so that a message's bytes are no bound by themselves.
+    """
+
+    def __init__(self) -> None:
+        self.left = LIMIT
+
+    def holds(self, shape: Sequence[int], itemsize: int) -> bool:
+        self.left -= math.prod(shape) * itemsize
+        return self.left >= 0 and len(shape) <= DIMENSIONS
 
 
-def _tensor_tree(tensor: torch.Tensor, tensors: list[torch.Tensor]) -> list[Any]:
+class _Sent(list[torch.Tensor]):
+    """The tensors of a message that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.room = _Room()
+
+
+class _Received(dict[str, torch.Tensor]):
+    """The tensors of a message that has come. Each is taken once."""
+
+    def __init__(self, named: dict[str, torch.Tensor]) -> None:
+        super().__init__(named)
+        self.room = _Room()
+
+
+def _tensor_tree(tensor: torch.Tensor, tensors: _Sent) -> list[Any]:
     name = str(tensor.dtype).removeprefix("torch.")
     plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and name in NUMBERS | ONLY_TORCH
     if not plain or tensor.layout != torch.strided or tensor.device.type not in ("cpu", "cuda"):
         what = f"{type(tensor).__name__} of {tensor.dtype} and {tensor.layout} on {tensor.device}"
         raise NotPlainData(f"a {what} is not plain data")
-    if _too_large(tensor.shape, tensor.itemsize):
+    if not tensors.room.holds(tensor.shape, tensor.itemsize):
         raise NotPlainData(f"a tensor of shape {list(tensor.shape)} is too large to send")
     tensor = tensor.detach().resolve_conj().resolve_neg()
     shape, stride = list(tensor.shape), list(tensor.stride())
@@ -136,14 +169,14 @@ def _tensor_tree(tensor: torch.Tensor, tensors: list[torch.Tensor]) -> list[Any]
     return ["tensor", len(tensors) - 1, shape, stride, tensor.device.type, tensor.is_complex()]
 
 
-def _array_tree(array: Any, tensors: list[torch.Tensor]) -> list[Any]:
+def _array_tree(array: Any, tensors: _Sent) -> list[Any]:
     """An array travels as a tensor; a negative stride has its first element further back."""
     scalar = isinstance(array, np.generic)
     array = np.asarray(array)
     dtype = array.dtype.newbyteorder("=")
     if dtype.name not in NUMBERS and dtype.type.__module__ != "ml_dtypes":
         raise NotPlainData(f"an array of dtype {dtype} is not plain data")
-    if _too_large(array.shape, array.itemsize):
+    if not tensors.room.holds(array.shape, array.itemsize):
         raise NotPlainData(f"an array of shape {list(array.shape)} is too large to send")
     aligned = array.dtype.isnative and not any(s % array.itemsize for s in array.strides)
     low, high = _span(array.shape, [s // array.itemsize for s in array.strides])
@@ -159,7 +192,7 @@ def _array_tree(array: Any, tensors: list[torch.Tensor]) -> list[Any]:
     return ["array", len(tensors) - 1, list(shape), stride, -low, dtype.name, scalar]
 
 
-def _data(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
+def _data(tree: Any, tensors: _Received) -> Any:
     if tree is None or type(tree) in (bool, int, float, str, bytes):
         return tree
     if type(tree) is not list:
@@ -187,7 +220,7 @@ def _data(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def _tensor(
-    tensors: dict[str, torch.Tensor],
+    tensors: _Received,
     index: int,
     shape: list[int],
     stride: list[int],
@@ -198,14 +231,16 @@ def _tensor(
     # one place: were it copied to many, a small message could ask for much memory.
     base = tensors.pop(f"{index:06d}").clone()
     base = torch.view_as_complex(base) if is_complex else base.reshape(-1)
-    _check(shape, stride, 0, base.numel(), base.itemsize)
+    _check(shape, stride, 0, base.numel())
+    if not tensors.room.holds(shape, base.itemsize):
+        raise BadMessage(f"a view of shape {shape} is too large")
     if device not in ("cpu", "cuda"):
         raise BadMessage(f"no tensor travels to {device}")
     return base.to(device).as_strided(shape, stride)
 
 
 def _array(
-    tensors: dict[str, torch.Tensor],
+    tensors: _Received,
     index: int,
     shape: list[int],
     stride: list[int],
@@ -214,7 +249,9 @@ def _array(
     scalar: bool,
 ) -> Any:
     base = np.array(tensors.pop(f"{index:06d}").numpy()).reshape(-1).view(_dtype(dtype))
-    _check(shape, stride, first, base.size, base.itemsize)
+    _check(shape, stride, first, base.size)
+    if not tensors.room.holds(shape, base.itemsize):
+        raise BadMessage(f"a view of shape {shape} is too large")
     if math.prod(shape) == 0:
         return np.empty(shape, base.dtype)
     strides = [s * base.itemsize for s in stride]
@@ -222,12 +259,10 @@ def _array(
     return array[()] if scalar else array
 
 
-def _check(shape: list[int], stride: list[int], first: int, n_elements: int, itemsize: int) -> None:
+def _check(shape: list[int], stride: list[int], first: int, n_elements: int) -> None:
     """Raise BadMessage where a view would reach beyond its elements."""
     if not all(type(n) is int for n in (*shape, *stride, first)) or min(shape, default=0) < 0:
         raise BadMessage(f"no shape {shape} with strides {stride}")
-    if _too_large(shape, itemsize):
-        raise BadMessage(f"a view of shape {shape} is too large")
     low, high = _span(shape, stride)
     if math.prod(shape) and not 0 <= first + low <= first + high < n_elements:
         raise BadMessage("a view reaches beyond its elements")

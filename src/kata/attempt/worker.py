@@ -19,7 +19,7 @@ import time
 from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import msgspec
 
@@ -229,7 +229,8 @@ def main(fd: int) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the workers
     workers: dict[int, int] = {}  # by the line that ends them
     while True:
-        for ready in wait(cast("list[Any]", [judges, *workers])):
+        sources: list[Any] = [judges, *workers]
+        for ready in wait(sources):
             if ready is judges:
                 message, fds, _, _ = socket.recv_fds(judges, 4096, 3)
                 if not message:
@@ -239,9 +240,8 @@ def main(fd: int) -> None:
                 connection, printing, line = fds
                 workers[line] = _fork(Path(os.fsdecode(message)), connection, printing)
             else:
-                line = cast("int", ready)
-                _kill(workers.pop(line))
-                os.close(line)
+                _kill(workers.pop(ready))
+                os.close(ready)
 
 
 def _kill(pid: int) -> None:

@@ -112,9 +112,13 @@ def _absent(path: Path) -> Detail | None:
         body = ast.parse(path.read_bytes()).body
     except (SyntaxError, ValueError):
         return None  # reading it as a module tells more
-    if not [node for node in body if not isinstance(node, (ast.Import, ast.ImportFrom, ast.Expr))]:
+    if all(isinstance(node, (ast.Import, ast.ImportFrom)) or _is_text(node) for node in body):
         return Detail("absent", f"nothing is defined in {path.name}", where=str(path))
     return None
+
+
+def _is_text(node: ast.stmt) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
 def _unreadable(problem: Problem) -> Detail:
