@@ -22,7 +22,7 @@ app = typer.Typer(no_args_is_help=False, add_completion=False, rich_markup_mode=
 console = Console(highlight=False)
 
 Number = Annotated[str, typer.Argument(metavar="EXERCISE", help="a number or a name")]
-Extras = typer.Option
+QUIET_OPTIONS = {"--submission", "--isolate", "--seed", "--parts", "--time-limit", "--junitxml"}
 
 
 def main() -> None:
@@ -58,7 +58,9 @@ def judge(exercise: Exercise, extras: list[str]) -> int:
     from kata.judge.child import Request
     from kata.learn import once
 
-    request = Request(str(exercise.root), exercise.stem, "", extras, loud=bool(extras))
+    named = {extra.partition("=")[0] for extra in extras if extra.startswith("-")}
+    loud = bool(named - QUIET_OPTIONS)
+    request = Request(str(exercise.root), exercise.stem, "", extras, loud)
     following = views.next_after(exercise.root, exercise)
     suggestion = f"kata watch {following.number:02d}" if following else ""
     return once.run(request, console, suggestion)

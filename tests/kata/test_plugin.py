@@ -9,71 +9,17 @@ import time
 import pytest
 import torch
 from rich.console import Console
+from small import MISTAKES, SOLUTION, SPEC, make_project
 
 from kata.attempt import forbidden
 from kata.attempt.outcome import Done, Problem
 from kata.attempt.worker import ForkServer
-from kata.course import catalog
 from kata.judge.naming import same
 from kata.judge.report import SpecReport
 from kata.judge.session import JUDGE
 from kata.learn import verdict
 
 pytest_plugins = ["pytester"]
-
-SOLUTION = '''
-"""Exercise 05: doubling."""
-
-import torch
-
-
-def double(x):
-    """Twice x. Text raises TypeError."""
-    # solution
-    if isinstance(x, str):
-        raise TypeError(f"x must be a tensor, got {x!r}")
-    return 2 * x
-'''
-
-SPEC = """
-import pytest
-import torch
-from hypothesis import given, strategies as st
-from kata.testing import assert_close
-
-pytestmark = pytest.mark.cpu
-WITHOUT = ["torch.add"]
-
-def double(ex, x):
-    return ex.double(x)
-
-def test_doubles_a_tensor(attempt, rng):
-    x = torch.randn(2, 3, generator=rng, dtype=torch.float64)
-    assert_close(attempt(double, x), x + x)
-
-def test_refuses_text(attempt):
-    with pytest.raises(TypeError, match="tensor"):
-        attempt(double, "x")
-
-@given(n=st.integers(1, 5))
-def test_keeps_the_length(attempt, n):
-    assert attempt(double, torch.ones(n)).shape == (n,)
-"""
-
-MISTAKES = """
-[[mistake]]
-says = "It is tripled."
-swap = [["2 * x", "3 * x"]]
-
-[[mistake]]
-says = "It is squared."
-swap = [["2 * x", "x * x"]]
-
-[[accept]]
-says = "Adds it to itself."
-swap = [["2 * x", "x + x"]]
-"""
-
 
 OTHER = """
 import torch
@@ -100,13 +46,7 @@ class Project:
 
     def __init__(self, pytester):
         self.pytester, self.root = pytester, pytester.path
-        for name in ("exercises", "solutions", "tests", "mistakes", "lessons"):
-            (self.root / name).mkdir()
-        (self.root / "solutions/ex05_doubling.py").write_text(SOLUTION)
-        (self.root / "tests/test_ex05_doubling.py").write_text(SPEC)
-        (self.root / "mistakes/ex05_doubling.toml").write_text(MISTAKES)
-        (self.root / "lessons/ex05_doubling.md").write_text("# 05\n## After it passes\n- Treble.\n")
-        self.exercise = catalog.find(self.root, 5)
+        self.exercise = make_project(self.root)
 
     def submit(self, body, *options):
         """Judge an exercise with this text; returns (pytest's result, the report)."""

@@ -19,7 +19,7 @@ import time
 from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import msgspec
 
@@ -153,6 +153,9 @@ class Worker:
         self._forked: Forked | None = None
         self._number = 0
 
+    def prepare(self) -> None:
+        self._forked = self._forked or ForkServer.fork(self._scratch.path)
+
     def load(self) -> Problem | None:
         return self.perform(Job("", LOAD, b"", 0))[0].problem
 
@@ -162,7 +165,8 @@ class Worker:
         question = Question(self._number, secrets.token_bytes(16), job)
         start = time.perf_counter()
         try:
-            self._forked = self._forked or ForkServer.fork(self._scratch.path)
+            self.prepare()
+            assert self._forked
             done = self._checked(question, self._ask(self._forked, question))
         except (EOFError, OSError, Nothing, msgspec.MsgspecError) as error:
             self._drop()
@@ -229,9 +233,8 @@ def main(fd: int) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the workers
     workers: dict[int, int] = {}  # by the line that ends them
     while True:
-        sources: list[Any] = [judges, *workers]
-        for ready in wait(sources):
-            if ready is judges:
+        for ready in cast("list[int]", wait([judges.fileno(), *workers])):
+            if ready == judges.fileno():
                 message, fds, _, _ = socket.recv_fds(judges, 4096, 3)
                 if not message:
                     for pid in workers.values():
@@ -303,3 +306,4 @@ def _attempt_all(judge: Connection, told: Path, spec_file: Path) -> None:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]))
+    os._exit(0)  # an orderly exit has Triton's bindings complain of leaks

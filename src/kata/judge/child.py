@@ -175,7 +175,16 @@ class Child:
             self.sofar, self.running, self._due = message, "", time.monotonic() + NAMING
             if not message.naming:
                 self.end()
+                self._complete(message)
         return message
+
+    def _complete(self, report: Report) -> None:
+        """A run that was stopped on the way (`pytest.exit`, Ctrl-C) has tried only some specs."""
+        tried = {spec.name for spec in report.specs}
+        left = [SpecReport(name, "untried") for name in self._plan if name not in tried]
+        if left and not report.error and not report.count("failed"):
+            report.error = Detail("died", "the run was stopped before its end")
+        report.specs += left
 
     def report(self) -> Report:
         """Wait for the last report."""

@@ -92,6 +92,7 @@ class Judge:
                 pytest.skip("this takes seconds: once the other specs pass")
         if self.tell:
             self.tell(Starts(item.name, SETTING_UP))
+        self.bench(item.module).place.prepare()  # type: ignore[attr-defined]
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, Any, Any]:

@@ -51,8 +51,8 @@ def _judged(child: Child, console: Console) -> Report:
             message = child.receive(timeout=SOON)
             tell()
             if isinstance(message, Report):
-                if not message.naming:
-                    return message
+                if not message.naming or child.request.loud:  # pytest's own report comes first
+                    return child.report() if message.naming else message
                 last = child.receive(timeout=SOON)
                 return last if isinstance(last, Report) else message
 
