@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe, wait
@@ -143,7 +144,8 @@ class Worker:
     def __init__(self, exercise: Exercise, submission: Path, parts: Path) -> None:
         self._scratch = Scratch("worker")
         told = self._scratch.path
-        (told / "parts").mkdir()
+        for name in ("parts", "tmp"):
+            (told / name).mkdir()
         self._path, self._told = submission, told / f"{exercise.stem}.py"
         with suppress(OSError):  # `load` says what is missing
             shutil.copy(submission, self._told)
@@ -276,11 +278,14 @@ def _attempt_all(judge: Connection, told: Path, spec_file: Path) -> None:
     """The worker's own loop; ends when the judge closes its side."""
     judge.send_bytes(str(os.getpid()).encode())
     os.chdir(told)
+    tempfile.tempdir = os.environ["TMPDIR"] = str(
+        told / "tmp"
+    )  # goes when the worker's folder does
     exercise, parts = told / spec_file.name.removeprefix("test_"), told / "parts"
     modules.use_parts(parts)
     spec = modules.load(spec_file, spec_file.stem)
     forbidden.forbid(getattr(spec, "WITHOUT", ()))
-    rank_server = RankServer()
+    rank_server = RankServer() if b"multiprocess" in spec_file.read_bytes() else None
     module = None
     while True:
         try:
@@ -288,7 +293,7 @@ def _attempt_all(judge: Connection, told: Path, spec_file: Path) -> None:
         except EOFError:
             break
         job = question.job
-        if job.ranks:
+        if job.ranks and rank_server:
             done = rank_server.run(Launch(job, str(spec_file), str(exercise), str(parts)))
         else:
             try:
@@ -301,7 +306,8 @@ def _attempt_all(judge: Connection, told: Path, spec_file: Path) -> None:
             done = [one]
         sys.stdout.flush()
         judge.send_bytes(msgspec.msgpack.encode(Answer(question.number, question.nonce, done)))
-    rank_server.close()
+    if rank_server:
+        rank_server.close()
 
 
 if __name__ == "__main__":
