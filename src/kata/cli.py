@@ -16,13 +16,14 @@ from rich.text import Text
 
 from kata.course import catalog, stubs
 from kata.course.catalog import Exercise
+from kata.judge.submission import refusal
 from kata.learn import record, views
 
 app = typer.Typer(no_args_is_help=False, add_completion=False, rich_markup_mode=None)
 console = Console(highlight=False)
 
 Number = Annotated[str, typer.Argument(metavar="EXERCISE", help="a number or a name")]
-QUIET_OPTIONS = {"--submission", "--isolate", "--seed", "--parts", "--time-limit", "--junitxml"}
+QUIET_OPTIONS = {"--isolate", "--seed", "--parts", "--time-limit", "--junitxml"}
 
 
 def main() -> None:
@@ -58,12 +59,31 @@ def judge(exercise: Exercise, extras: list[str]) -> int:
     from kata.judge.child import Request
     from kata.learn import once
 
+    submission, extras = _submission(extras)
     named = {extra.partition("=")[0] for extra in extras if extra.startswith("-")}
     loud = bool(named - QUIET_OPTIONS)
-    request = Request(str(exercise.root), exercise.stem, "", extras, loud)
+    request = Request(str(exercise.root), exercise.stem, submission, extras, loud)
     following = views.next_after(exercise.root, exercise)
     suggestion = f"kata watch {following.number:02d}" if following else ""
     return once.run(request, console, suggestion)
+
+
+def _submission(extras: list[str]) -> tuple[str, list[str]]:
+    """The file that is to be judged instead, from where the user stands; and the other words."""
+    words, file = list(extras), ""
+    for i, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name == "--submission":
+            end = i + 1 if equals else i + 2
+            file = value if equals else "".join(words[i + 1 : end])
+            del words[i:end]
+            break
+    if not file:
+        return "", words
+    path = Path(file).absolute()
+    if why := refusal(path):
+        raise ValueError(why)
+    return str(path), words
 
 
 @app.command()

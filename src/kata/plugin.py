@@ -7,6 +7,7 @@ verdict, the warm server, proof) reads `config.stash[JUDGE].reports`: one Report
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from zlib import crc32
 
@@ -19,6 +20,7 @@ from kata.attempt.seam import Attempt
 from kata.attempt.warm import prepare_environment
 from kata.course import catalog
 from kata.judge.session import JUDGE, Judge
+from kata.judge.submission import refusal
 from kata.learn.recorder import Recorder
 from kata.learn.verdict import plain
 
@@ -54,6 +56,9 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
 
 def pytest_configure(config: pytest.Config) -> None:
     prepare_environment()
+    submission = config.option.submission
+    if submission and (why := refusal(Path(submission).absolute())):
+        raise pytest.UsageError(why)
     if not hasattr(config.option, "tbstyle"):  # nobody reads them then
         config.option.tbstyle = "native"
     config.stash[JUDGE] = Judge(config)

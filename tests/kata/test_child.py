@@ -186,6 +186,46 @@ def test_nothing_stays_behind_when_everybody_who_waits_is_killed(small, options)
     assert not [*temporary.glob("kata-*")]
 
 
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda path, _: None, "there is no submission"),
+        (lambda path, _: path.mkdir(), "is a folder"),
+        (lambda path, _: path.write_bytes(b"x = '\xe9'"), "is UTF-8"),
+        (lambda path, solution: path.symlink_to(solution), "is a link"),
+        (lambda path, _: os.mkfifo(path), "is a pipe"),
+        (lambda path, _: path.write_text("#" * 2_000_000), "at most 1,048,576 bytes"),
+    ],
+    ids=["none", "folder", "latin-1", "link", "pipe", "large"],
+)
+def test_an_odd_submission_is_one_error_of_usage(small, make, says):
+    make(small.root / "mine.py", small.solution)
+
+    done = run(small, "--submission", "mine.py")
+
+    assert done.returncode == 2 and says in " ".join(done.stdout.split())
+
+
+def test_pytest_refuses_a_link_to_the_solution(small):
+    (small.root / "mine.py").symlink_to(small.solution)
+    command = [sys.executable, "-m", "pytest", "tests", "--submission", "mine.py"]
+
+    plain = subprocess.run(command, cwd=small.root, capture_output=True, text=True)
+
+    assert plain.returncode == 4 and "is a link" in plain.stderr
+
+
+def test_a_submission_is_found_from_where_the_user_stands(small):
+    (elsewhere := small.root / "mine").mkdir()
+    (elsewhere / "double.py").write_text(SOLUTION)
+    command = [sys.executable, "-m", "kata", "run", "05", "--submission", "double.py"]
+
+    done = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stdout
+    assert not (small.root / "progress.md").exists()
+
+
 def wait_until(condition, seconds=60):
     end = time.monotonic() + seconds
     while not condition():

@@ -27,6 +27,7 @@ from kata.course.catalog import Exercise
 from kata.judge import session as sessions
 from kata.judge.limits import GRACE, SETTING_UP
 from kata.judge.report import Detail, Plan, Report, SpecReport, Starts
+from kata.judge.submission import refusal
 
 NAMING = 600.0  # seconds for the names: what is slow to name is kept for the next time
 MESSAGE = 64 << 20  # bytes of a child's message
@@ -83,6 +84,8 @@ def judge(request: Request, client: Connection | None = None) -> Report:
                 tell(msgspec.structs.replace(early, naming=True))
             yield
 
+    if request.submission and (why := refusal(Path(request.submission).absolute())):
+        return no_verdict(request, why)
     configuration = Path(request.root, "pyproject.toml")
     options = ["-p", "kata.plugin", *([] if request.loud else QUIET), *request.options]
     options += ["--rootdir", request.root, *(["-c", str(configuration)] * configuration.exists())]
