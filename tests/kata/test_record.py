@@ -371,11 +371,11 @@ clocks = st.lists(st.integers(-9, 9), max_size=8)
 @settings(max_examples=300, deadline=None)
 @given(clocks)
 def test_on_one_machine_the_order_is_that_of_writing_whatever_its_clock_does(hours):
-    lines = []
-    for number, hour in enumerate(hours):
-        lines = appended(lines, hour, number)
+    lines, names = [], "hgfedcba"  # so that lines of one time would sort the other way
+    for name, hour in zip(names, hours, strict=False):
+        lines = appended(lines, hour, name)
 
-    assert names_in_order(lines, 9) == list(map(str, range(len(hours))))
+    assert names_in_order(lines, 9) == list(names[: len(hours)])
 
 
 @settings(max_examples=300, deadline=None)
@@ -1113,6 +1113,16 @@ def test_a_summary_says_what_the_whole_record_says_whatever_happens_to_either(
             assert said is None or said == read(root)[1]
             if said is not None:
                 assert table(root) == rows(root, in_full(root))
+
+
+def test_a_run_of_the_future_stands_below_the_last_line_in_the_table_too(root, set_clock):
+    set_clock(NOON)
+    append_lines(root, entry("passed", -1), entry("failed", -2, stem=OTHER), entry("failed", -2))
+
+    record_run(root, entry("begun", YEAR))
+
+    assert table(root) == rows(root, in_full(root))
+    assert "| passed |" in table(root)[1]
 
 
 def test_a_run_reads_no_more_than_the_ends_of_a_long_record(root, monkeypatch):
