@@ -29,7 +29,7 @@ def main() -> None:
     """The entry point: errors that a user can mend are one line, without a traceback."""
     try:
         app()
-    except (catalog.UnknownExercise, FileNotFoundError, stubs.BadSolution, ValueError) as error:
+    except (catalog.UnknownExercise, OSError, stubs.BadSolution, ValueError) as error:
         console.print(Text(f"kata: {error}", "red"))
         sys.exit(2)
 
