@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import signal
 import time
 from collections.abc import Callable, Generator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -19,7 +19,7 @@ from kata.attempt.outcome import Attempted, Done
 from kata.attempt.performing import Run, perform
 from kata.attempt.ranks import Job, RankServer
 from kata.attempt.seam import Attempt
-from kata.course import catalog, variants
+from kata.course import cache, catalog, variants
 from kata.course.variants import Variant
 from kata.judge import naming
 from kata.judge.detail import detail_of
@@ -85,14 +85,12 @@ class Bench:
         digest = hashlib.sha256(past.call + repr((past.run, past.seed, past.ranks)).encode())
         for source in (path, self.exercise.spec, *sorted(self.parts.glob("ex*.py"))):
             digest.update(source.read_bytes())
-        kept = self.exercise.root / ".cache" / "kata" / "replays" / digest.hexdigest()[:24]
+        kept = cache.folder(self.exercise.root, "replays") / digest.hexdigest()[:24]
         if kept.exists():
             return msgspec.msgpack.decode(kept.read_bytes(), type=list[Done])
         done = self._again(path, past)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        fresh = kept.with_suffix(f".{os.getpid()}")
-        fresh.write_bytes(msgspec.msgpack.encode(done))
-        fresh.replace(kept)
+        with suppress(OSError):  # no room: it is replayed again next time
+            cache.write(kept, msgspec.msgpack.encode(done))
         return done
 
     def recognise(self) -> None:
