@@ -23,7 +23,14 @@ def double(x):
     # solution
     return 2 * x
 ''',
-    "exercises/ex05_doubling.py": "def double(x):\n    return 3 * x\n",
+    # Slow enough for what its replays give to be kept as well.
+    "exercises/ex05_doubling.py": """import time
+
+
+def double(x):
+    time.sleep(0.01)
+    return 3 * x
+""",
     "tests/test_ex05_doubling.py": """import torch
 from kata.testing import assert_close
 
@@ -150,6 +157,17 @@ def test_a_record_that_can_not_be_read_costs_no_verdict(root):
     assert "05 doubling  not yet  1 of 2 specs" in told
     assert "the run was not written down: Is a directory (.kata/runs.jsonl)" in told
     assert told.endswith("status 2\n")
+
+
+def test_a_run_that_reads_no_spec_is_written_down_in_its_project_not_where_pytest_was_called(root):
+    (root / "pyproject.toml").write_text("[tool.pytest.ini_options]\n")
+    (root / "tests/test_ex05_doubling.py").write_text("def (:\n")
+    (root.parent / "elsewhere").mkdir()
+    pytest_there = f"{sys.executable} -m pytest -q -p kata.plugin -p no:cacheprovider"
+    printed(root, "cd ../elsewhere", f"{pytest_there} {root}/tests || true")
+
+    assert not any((root.parent / "elsewhere").iterdir())
+    assert "doubling | failing | 0/0 | 1 |" in (root / "progress.md").read_text()
 
 
 def test_the_row_of_a_half_written_file_says_how_far_it_is(root):
