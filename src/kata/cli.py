@@ -30,7 +30,7 @@ def main() -> None:
     """The entry point: errors that a user can mend are one line, without a traceback."""
     try:
         app()
-    except (catalog.UnknownExercise, FileNotFoundError, stubs.BadSolution, ValueError) as error:
+    except (catalog.UnknownExercise, OSError, stubs.BadSolution, ValueError) as error:
         console.print(Text(f"kata: {error}", "red"))
         sys.exit(2)
 
@@ -151,10 +151,10 @@ def set_aside(path: Path) -> Path:
 
 @app.command()
 def note(number: Number, text: str) -> None:
-    """A dated line in record.md."""
+    """A dated line in progress.md."""
     exercise = catalog.find(root(), number)
     record.note(exercise.root, exercise.number, text, datetime.now().astimezone())
-    console.print("noted in record.md")
+    console.print("noted in progress.md")
 
 
 @app.command("stubs")

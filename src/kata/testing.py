@@ -7,14 +7,16 @@ import importlib.metadata
 import importlib.util
 import inspect
 import numbers
-import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+
+from kata.course import cache
 
 # torch.testing's defaults: (rtol, atol) by dtype. Integers, bools and strings must be equal.
 TOLERANCES = {
@@ -289,10 +291,10 @@ def kept(make: Callable[[Path], Any], path: Path) -> Any:
     versions = [importlib.metadata.version(name) for name in ("torch", "transformers")]
     key = make.__name__, versions, str(path), at.st_size, at.st_mtime_ns
     digest = hashlib.sha256(spec.read_bytes() + repr(key).encode()).hexdigest()
-    file = spec.parents[1] / ".cache" / "kata" / "oracles" / digest[:24]
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        fresh = file.with_suffix(f".{os.getpid()}")
-        fresh.write_bytes(wire.encode(make(path)))
-        fresh.replace(file)
-    return wire.decode(file.read_bytes())
+    file = cache.folder(spec.parents[1], "oracles") / digest[:24]
+    if file.exists():
+        return wire.decode(file.read_bytes())
+    made = wire.encode(make(path))
+    with suppress(OSError):  # no room: it is made again next time
+        cache.write(file, made)
+    return wire.decode(made)

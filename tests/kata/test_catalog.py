@@ -29,6 +29,34 @@ def test_finds_an_exercise_by_any_of_its_names(word):
     assert catalog.find(ROOT, word).stem == "ex01_softmax"
 
 
+@pytest.mark.parametrize(
+    ("text", "title"),
+    [
+        ('"""Exercise 05: doubling.\n\nTwice.\n"""\n', "doubling"),
+        ('"""Exercise 05: the "big" one."""\n', 'the "big" one'),
+        ('"""\nExercise 05: below.\n"""\n', "below"),
+        ('# coding: utf-8\n"""Exercise 05: commented."""\n', "commented"),
+        ('r"""Exercise 05: raw."""\n', "raw"),
+        ('"""Exercise 05: \\u03bb."""\n', "λ"),
+        ('"""No number"""  \nx = 1\n', "No number"),
+        ('"""not""" + "a docstring"\n', "doubling"),
+        ("x = 1\n", "doubling"),
+    ],
+)
+def test_a_title_is_the_docstrings_first_line(tmp_path, text, title):
+    (tmp_path / "solutions").mkdir()
+    exercise = catalog.Exercise(tmp_path, "ex05_doubling")
+    exercise.solution.write_text(text, "utf-8")
+
+    assert exercise.title == title
+
+
+def test_titles_are_read_without_parsing_the_solutions(monkeypatch):
+    monkeypatch.setattr(catalog.ast, "parse", None)
+
+    assert len({exercise.title for exercise in catalog.exercises(ROOT)}) == len(EVERY)
+
+
 @pytest.mark.parametrize("exercise", EVERY, ids=lambda e: e.stem)
 def test_every_floor_is_there(exercise):
     for path in (exercise.stub, exercise.spec, exercise.mistakes, exercise.lesson):

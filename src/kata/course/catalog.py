@@ -23,6 +23,7 @@ CHAPTERS = (
 )
 
 STEM = re.compile(r"ex(\d\d)_(\w+)")
+TITLE = re.compile(r'"""([^"\\\n]*\w[^"\\\n]*)(?:""")?[ \t]*\n')  # a docstring's first line
 
 
 class UnknownExercise(LookupError):
@@ -75,8 +76,11 @@ class Exercise:
     @cached_property
     def title(self) -> str:
         """What the solution's docstring says after "Exercise NN: ", without its full stop."""
-        docstring = ast.get_docstring(ast.parse(self.solution.read_text("utf-8"))) or self.slug
-        first = docstring.splitlines()[0]
+        text = self.solution.read_text("utf-8")
+        if plain := TITLE.match(text):  # to parse all of it takes 3 ms, and the map shows 99
+            first = plain[1].strip()
+        else:
+            first = (ast.get_docstring(ast.parse(text)) or self.slug).splitlines()[0]
         return first.partition(": ")[2].rstrip(".") or first
 
     @cached_property

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 
+from kata.course import cache
 from kata.course.catalog import Exercise
 
 
@@ -63,8 +64,7 @@ def write(exercise: Exercise, variant: Variant) -> Path:
     """The version as a real file (Triton and tracebacks need one), named by what it holds."""
     source = swapped(exercise, variant).encode()
     digest = hashlib.sha256(source).hexdigest()[:16]
-    path = exercise.root / ".cache" / "kata" / digest / f"{exercise.stem}.py"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(source)
+    path = cache.folder(exercise.root, digest) / f"{exercise.stem}.py"
+    if not (path.exists() and path.read_bytes() == source):  # a crash may have left it empty
+        cache.write(path, source)
     return path

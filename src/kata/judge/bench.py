@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import os
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from kata.attempt import forbidden, modules
 from kata.attempt.outcome import Attempted, Done, Frame, Problem
 from kata.attempt.places import Here, Place
 from kata.attempt.seam import Attempt
-from kata.course import catalog, variants
+from kata.course import cache, catalog, variants
 from kata.course.variants import Variant
 from kata.judge import naming
 from kata.judge.report import Detail, Report
@@ -77,14 +77,12 @@ class Bench:
         digest = hashlib.sha256(msgspec.msgpack.encode(past.job))
         for source in (path, self.exercise.spec, *sorted(self.parts.glob("ex*.py"))):
             digest.update(source.read_bytes())
-        kept = self.exercise.root / ".cache" / "kata" / "replays" / digest.hexdigest()[:24]
+        kept = cache.folder(self.exercise.root, "replays") / digest.hexdigest()[:24]
         if kept.exists():
             return msgspec.msgpack.decode(kept.read_bytes(), type=list[Done])
         done = self._here(path).perform(past.job)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        fresh = kept.with_suffix(f".{os.getpid()}")
-        fresh.write_bytes(msgspec.msgpack.encode(done))
-        fresh.replace(kept)
+        with suppress(OSError):  # no room: it is replayed again next time
+            cache.write(kept, msgspec.msgpack.encode(done))
         return done
 
     def recognise(self) -> None:
@@ -95,7 +93,10 @@ class Bench:
         if failed and limit > 0 and not report.count("unwritten"):
             forbidden.forbid(getattr(self.spec, "WITHOUT", ()))  # other specs may have come since
             known = variants.load(self.exercise).mistake
-            found = naming.recognise(known, self.record, failed, self.replay, limit)
+            try:
+                found = naming.recognise(known, self.record, failed, self.replay, limit)
+            except OSError:  # no room to write a known mistake down
+                found = []
             for spec in report.specs:
                 if spec.status == "failed":
                     spec.mistakes = [variant.says for variant in found]

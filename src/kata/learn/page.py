@@ -1,12 +1,17 @@
-"""progress.md as bytes: a page that is the learner's, with one table in it that is not.
+"""progress.md: a page that is the learner's, with one table in it that is not.
 
 Nothing here decodes the page, so that whatever stands outside the table survives byte for byte.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from itertools import pairwise
+from pathlib import Path
+
+from kata.course import catalog
+from kata.learn.standing import Standing
 
 BEGIN = b"<!-- kata: this table is made from .kata/runs.jsonl; write above or below it -->"
 END = b"<!-- kata: end of the table -->"
@@ -23,6 +28,36 @@ at its end.
 ## Notes
 
 """ % (BEGIN, END)
+
+
+def rows(root: Path, standings: Mapping[str, Standing]) -> list[str]:
+    """One row for each exercise that was tried, and one of totals. The map of all is `kata`."""
+    known = catalog.exercises(root)
+    tried = {exercise: standings[exercise.stem] for exercise in known if exercise.stem in standings}
+    lines = []
+    for exercise, standing in tried.items():
+        link = f"[{exercise.number:02d}](lessons/{exercise.stem}.md)"
+        lines.append(_row(f"{link} {_title(exercise)}", standing.label, [standing]))
+    passed = sum(standing.state == "passed" for standing in tried.values())
+    totals = f"**{len(tried)} of {len(known)} tried**", f"**{passed} passed**"
+    return [*lines, _row(*totals, list(tried.values()))]
+
+
+def _row(name: str, state: str, of: Sequence[Standing]) -> str:
+    specs = f"{sum(s.passed for s in of)}/{sum(s.total for s in of)}" if of else "—"
+    tries = sum(s.tries for s in of)
+    first = min((s.first for s in of if s.first), default=None)
+    last = max((s.last for s in of if s.last), default=None)
+    dates = " | ".join(str(time.date()) if time else "—" for time in (first, last))
+    return f"| {name} | {state} | {specs} | {tries} | {dates} |"
+
+
+@cache
+def _title(exercise: catalog.Exercise) -> str:
+    try:
+        return exercise.title.replace("|", r"\|")
+    except (OSError, SyntaxError, ValueError):
+        return exercise.slug.replace("_", " ")
 
 
 def remade(old: bytes, rows: Sequence[str], item: Sequence[str] = ()) -> bytes:
@@ -58,7 +93,7 @@ def _around(old: bytes) -> tuple[bytes, bytes]:
     words = [line.rstrip() for line in lines]
     marks = [i for i, word in enumerate(words) if word in (BEGIN, END)]
     spans = _spans(words, marks)
-    dropped = set(marks).union(*(_rows(words, first, last) for first, last in spans))
+    dropped = set(marks).union(*(_made(words, first, last) for first, last in spans))
     if spans or marks:
         place = spans[0][0] if spans else marks[0]
     else:
@@ -94,7 +129,7 @@ def _last_row(words: Sequence[bytes], first: int) -> int:
     return last
 
 
-def _rows(words: Sequence[bytes], first: int, last: int) -> set[int]:
+def _made(words: Sequence[bytes], first: int, last: int) -> set[int]:
     """Which of these lines are the table's: rows, and blank ones outside any other text."""
     inside = range(first, last + 1)
     rows = {i for i in inside if words[i].lstrip().startswith(b"|")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Group
@@ -11,9 +12,10 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
-from kata.course import catalog
+from kata.course import cache, catalog
 from kata.course.catalog import Exercise
 from kata.learn import record
+from kata.learn.standing import Standing
 
 
 def map_of(folder: Path) -> Group:
@@ -51,7 +53,9 @@ def map_of(folder: Path) -> Group:
 
 def next_after(folder: Path, exercise: Exercise | None) -> Exercise | None:
     """The first exercise after this one that has not passed; before it, if all later ones have."""
-    standings = record.standings(folder)
+    standings: dict[str, Standing] = {}
+    with suppress(OSError):  # a verdict asks for this too, and comes all the same
+        standings = record.standings(folder)
     every = catalog.exercises(folder)
     start = every.index(exercise) + 1 if exercise in every else 0
     for candidate in every[start:] + every[:start]:
@@ -66,10 +70,12 @@ def next_hint(exercise: Exercise) -> Group:
     hints = exercise.hints
     if not hints:
         raise ValueError(f"no hints in {exercise.lesson.name}")
-    seen = exercise.root / ".kata" / "hints" / exercise.stem
-    count = int(seen.read_text()) % len(hints) if seen.exists() else 0
-    seen.parent.mkdir(parents=True, exist_ok=True)
-    seen.write_text(str(count + 1))
+    seen = cache.folder(exercise.root, "hints") / exercise.stem
+    count = 0
+    with suppress(OSError, ValueError):  # none was seen, or the disk was full
+        count = int(seen.read_text()) % len(hints)
+    with suppress(OSError):
+        seen.write_text(str(count + 1))
     return Group(Text(f"Hint {count + 1} of {len(hints)}", "bold"), Markdown(hints[count]))
 
 

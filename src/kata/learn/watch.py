@@ -141,7 +141,7 @@ class Watch:
                 self.console.print(views.map_of(self.exercise.root))
             elif word == "rerun":
                 self.rerun()
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             self.console.print(Text(str(error), "yellow"))
         return word == "quit"
 
