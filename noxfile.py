@@ -161,7 +161,8 @@ def tests(session: nox.Session) -> None:
 def lint(session: nox.Session) -> None:
     """ruff, mypy --strict, the order of imports, and what is made from the solutions."""
     interpreter = python(session)
-    for command in (["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy", "src"]):
+    mypy = ["mypy", "src", "races"]
+    for command in (["ruff", "check", "."], ["ruff", "format", "--check", "."], mypy):
         session.run(interpreter, "-m", *command, external=True, log=False)
     lint_imports = str(Path(interpreter).with_name("lint-imports"))
     session.run(lint_imports, external=True, log=False, silent=True)
@@ -171,5 +172,5 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """The table of speeds, as ratios in one run; written to benchmarks.md."""
+    """The table of speeds, as ratios in one run; written to benchmarks.md. `-- 44`: that race."""
     kata(session, "bench", *session.posargs)

@@ -73,6 +73,10 @@ class Exercise:
     def figure(self) -> Path:
         return self.root / "figures" / f"{self.stem}.py"
 
+    @property
+    def race(self) -> Path:
+        return self.root / "races" / f"{self.stem}.py"
+
     @cached_property
     def title(self) -> str:
         """What the solution's docstring says after "Exercise NN: ", without its full stop."""

@@ -74,10 +74,16 @@ class WarmServer:
         """
         return msgspec.msgpack.decode(self.connection.recv_bytes(), type=Starts | Report)
 
+    def report(self) -> Report:
+        """Wait for the next report."""
+        while not isinstance(message := self.receive(), Report):
+            pass
+        return message
+
     def judge(self, request: Request) -> Report:
         """Run and wait for the last report."""
         self.run(request)
-        while not isinstance(report := self.receive(), Report) or report.naming:
+        while (report := self.report()).naming:
             pass
         return report
 
