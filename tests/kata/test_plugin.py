@@ -340,7 +340,7 @@ def test_a_loop_inside_a_given_spec_is_ended_though_hypothesis_catches_what_it_c
 
 def test_a_late_answer_is_for_nobody(small):
     """The first call takes longer than a spec may; what it answers then must not meet the next."""
-    slow = SOLUTION.replace("    return 2 * x", "    time.sleep(3)\n    return x[:0]")
+    slow = SOLUTION.replace("    return 2 * x", "    time.sleep(6)\n    return x[:0]")
     _, report = small.submit("import time\n" + slow, "--isolate", "--time-limit", "1")
     assert [spec.status for spec in report.specs] == ["failed", "untried", "untried"]
 

@@ -44,6 +44,7 @@ class Done(msgspec.Struct):
     problem: Problem | None = None
     changed: list[str] = []
     reached: str = ""  # a forbidden function, even if the code caught our complaint
+    left: list[str] = []  # settings of the process that the code left changed
     seconds: float = 0.0
 
 
@@ -70,6 +71,10 @@ class Attempted(msgspec.Struct):
 
 class ArgumentChanged(AssertionError):
     """The code under test wrote into its arguments."""
+
+
+class StateLeft(AssertionError):
+    """The code under test left changed what others rely on: a mode, a seed."""
 
 
 class Reached(AssertionError):

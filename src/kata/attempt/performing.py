@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import inspect
-import random
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 
 from kata.attempt import wire
 from kata.attempt.forbidden import forbidding
+from kata.attempt.invariants import kept
 from kata.attempt.outcome import Done, problem
 
 Run = Callable[..., Any]
@@ -27,17 +25,19 @@ def perform(
     if device != "cpu":
         args, kwargs = _on(device, (args, kwargs))
         call = wire.encode((args, kwargs))
+    left: list[str] = []
     start = time.perf_counter()
     try:
-        with _seeded(seed), forbidding(run.__globals__.get("WITHOUT", ())) as reached:
+        without = run.__globals__.get("WITHOUT", ())
+        with kept(seed, run.__globals__) as left, forbidding(without) as reached:
             result = run(module, *args, **kwargs)
         done = Done(wire.encode(result), seconds=time.perf_counter() - start)
     except (Exception, SystemExit) as error:
         files = {str(getattr(module, "__file__", ""))}
-        done = Done(problem=problem(error, files), seconds=time.perf_counter() - start)
+        done = Done(problem=problem(error, files), left=left, seconds=time.perf_counter() - start)
         return done, error
     done.changed = _changed(run, call, args, kwargs)
-    done.reached = next(iter(reached), "")
+    done.reached, done.left = next(iter(reached), ""), left
     return done, None
 
 
@@ -61,25 +61,3 @@ def _changed(run: Run, call: bytes, args: Any, kwargs: Any) -> list[str]:
     new = dict(zip(names, args, strict=False)) | kwargs
     old = dict(zip(names, old_args, strict=False)) | old_kwargs
     return [name for name in old if wire.encode(old[name]) != wire.encode(new[name])]
-
-
-_generator = np.random.MT19937(0)  # lent to np.random: quicker than to copy its state twice
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    numbers = np.random.get_bit_generator()  # type: ignore[attr-defined]
-    states = random.getstate(), numbers, torch.get_rng_state()
-    random.seed(seed)
-    np.random.set_bit_generator(_generator)  # type: ignore[attr-defined]
-    np.random.seed(seed)
-    # Not torch.manual_seed: without CUDA it formats a traceback at every call, for 1 ms.
-    torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.manual_seed_all(seed)
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_bit_generator(states[1])  # type: ignore[attr-defined]
-        torch.set_rng_state(states[2])

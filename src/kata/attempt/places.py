@@ -5,6 +5,7 @@ A place has the code under test (a file), and gives a Done for each process that
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +32,9 @@ class Place(Protocol):
 
     def perform(self, job: Job) -> list[Done]:
         """Attempt, and say what came of it."""
+
+    def computed(self) -> float:
+        """Seconds of processor time that the code has had, in all."""
 
     def close(self) -> None:
         """End what was started."""
@@ -70,6 +74,9 @@ class Here:
         run = getattr(self.spec, job.run)
         done, self.error = perform(run, self.module, job.call, job.seed)
         return [done]
+
+    def computed(self) -> float:
+        return time.process_time()
 
     def close(self) -> None:
         pass

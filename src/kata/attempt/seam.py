@@ -11,7 +11,15 @@ from typing import Any
 from zlib import crc32
 
 from kata.attempt import wire
-from kata.attempt.outcome import ArgumentChanged, Attempted, Job, Reached, gravest, rebuilt
+from kata.attempt.outcome import (
+    ArgumentChanged,
+    Attempted,
+    Job,
+    Reached,
+    StateLeft,
+    gravest,
+    rebuilt,
+)
 from kata.attempt.performing import Run
 from kata.attempt.places import Place
 
@@ -60,9 +68,13 @@ class Attempt:
         self.record.append(attempted)
         results: list[Any] = []
         self.given.append((attempted, results))
-        if grave := gravest(attempted.done):
-            if grave.unwritten:
-                self.unwritten = grave.message
+        grave = gravest(attempted.done)
+        if grave and grave.unwritten:
+            self.unwritten = grave.message
+        elif left := sorted({what for d in attempted.done for what in d.left}):
+            # Before the error, which a spec may be waiting for.
+            raise StateLeft(f"the code leaves {', '.join(left)}: what runs after it relies on that")
+        if grave:
             raise self.place.error or rebuilt(grave)
         if reached := next((d.reached for d in attempted.done if d.reached), ""):
             raise Reached(reached)

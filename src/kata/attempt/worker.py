@@ -29,7 +29,7 @@ from kata.attempt.outcome import Done, Job, Problem, problem
 from kata.attempt.performing import perform
 from kata.attempt.ranks import Launch, RankServer
 from kata.attempt.scratch import Scratch
-from kata.attempt.warm import IMPORTS, import_all
+from kata.attempt.warm import IMPORTS, import_all, processor_time
 from kata.course.catalog import STEM, Exercise, imported
 
 LIMIT = 600.0  # seconds for one attempt; the spec's own limit comes first
@@ -218,6 +218,9 @@ class Worker:
         if self._forked:
             self._forked.end()
         self._forked = None
+
+    def computed(self) -> float:
+        return processor_time(self._forked.pid) if self._forked else 0.0
 
     def close(self) -> None:
         """End the worker and its ranks."""

@@ -21,11 +21,11 @@ import msgspec
 import pytest
 
 from kata.attempt.scratch import Scratch
-from kata.attempt.warm import silence, warm_up
+from kata.attempt.warm import processor_time, silence, warm_up
 from kata.attempt.worker import ForkServer
 from kata.course.catalog import Exercise
 from kata.judge import session as sessions
-from kata.judge.limits import GRACE, SETTING_UP
+from kata.judge.limits import GRACE, SETTING_UP, is_up
 from kata.judge.report import Detail, Plan, Report, SpecReport, Starts
 from kata.judge.submission import refusal
 
@@ -107,6 +107,7 @@ class Child:
         self.started, self.running = 0.0, ""
         self.sofar = Report(request.stem, request.submission)
         self._plan: list[str] = []
+        self._limit = self._began = self._computed = 0.0  # of the spec that runs
         self._specs = _version(request)
         self._due = time.monotonic() + SETTING_UP
         self._scratch = Scratch("run")  # for what it would leave behind if it were killed
@@ -157,7 +158,12 @@ class Child:
         """The next message; None if there is none yet. A Report that isn't `naming` is the last."""
         limits = [seconds for seconds in (timeout, self.left) if seconds is not None]
         if not self.connection.poll(min(limits, default=None)):
-            return self._end_of_time() if self.left == 0.0 else None
+            if self.left != 0.0:
+                return None
+            if self._is_starved():
+                self._due += self._limit
+                return None
+            return self._end_of_time()
         try:
             sent = self.connection.recv_bytes(MESSAGE)
             message: Message = msgspec.msgpack.decode(
@@ -168,9 +174,9 @@ class Child:
         if isinstance(message, Plan):
             self._plan = message.specs
         elif isinstance(message, Starts):
-            self.running = message.spec
-            limited = time.monotonic() + message.limit + GRACE
-            self._due = limited if message.limit > 0 else 0.0
+            self.running, self._limit = message.spec, message.limit
+            self._began, self._computed = time.monotonic(), processor_time(self.pid)
+            self._due = self._began + message.limit + GRACE if message.limit > 0 else 0.0
         elif isinstance(message, SpecReport):
             self.sofar.specs.append(message)
             self.running, self._due = "", time.monotonic() + SETTING_UP
@@ -188,6 +194,12 @@ class Child:
         if left and not report.error and not report.count("failed"):
             report.error = Detail("died", "the run was stopped before its end")
         report.specs += left
+
+    def _is_starved(self) -> bool:
+        """Whether its time is only up because the machine is busy."""
+        seconds = time.monotonic() - GRACE - self._began
+        computed = processor_time(self.pid) - self._computed
+        return bool(self.running) and not is_up(self._limit, seconds, computed)
 
     def report(self) -> Report:
         """Wait for the last report."""

@@ -102,7 +102,7 @@ class Judge:
         bench, limit = self.bench(item.module), limit_of(item, self.option.time_limit)  # type: ignore[attr-defined]
         if self.tell:
             self.tell(Starts(item.name, limit))
-        with alarm(limit, None if self.tell else self._stderr):
+        with alarm(limit, bench.place.computed, None if self.tell else self._stderr):
             bench.look()
             if bench.report.error:
                 pytest.fail(bench.report.error.message, pytrace=False)
