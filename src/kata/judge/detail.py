@@ -11,7 +11,8 @@ from kata.attempt import outcome, wire
 from kata.attempt.outcome import Attempted
 from kata.judge.limits import OutOfTime
 from kata.judge.report import Detail
-from kata.testing import Mismatch, summary
+from kata.summary import summary
+from kata.testing import Mismatch
 
 if TYPE_CHECKING:
     from kata.judge.bench import Bench
