@@ -21,8 +21,8 @@ from kata.attempt.warm import prepare_environment
 from kata.course import catalog
 from kata.judge.session import JUDGE, Judge
 from kata.judge.submission import refusal
+from kata.learn.explain import plain
 from kata.learn.recorder import Recorder
-from kata.learn.verdict import plain
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -88,7 +88,7 @@ def test_a_right_version_passes_and_is_told_what_to_try_next(small):
 
     result.assert_outcomes(passed=3)
     text = small.read(report)
-    assert "05 doubling  passed  3 of 3 specs" in text
+    assert "05 doubling  passed, 3 of 3 specs" in text
     assert "✓ doubles a tensor" in text
     assert "Treble." in text
     assert "next: kata watch 06" in text
@@ -297,18 +297,32 @@ def test_a_syntax_error_shows_file_line_and_text(small):
     assert "_pytest" not in text and "_pytest" not in result.stdout.str()
 
 
+def listing(small):
+    (small.root / "pyproject.toml").write_text("[project]\ndependencies = ['no-such-package>=1']\n")
+
+
 def test_a_missing_package_comes_with_the_command_that_installs_it(small):
+    listing(small)
     _, report = small.submit("import no_such_package\ndef double(x):\n    return 2 * x\n")
 
-    assert "pip install no_such_package" in small.read(report)
+    assert "pip install no-such-package" in small.read(report)
+
+
+def test_pip_is_never_offered_for_a_name_that_the_project_does_not_list(small):
+    listing(small)
+    _, report = small.submit("import nunpy\ndef double(x):\n    return 2 * x\n")
+
+    text = small.read(report)
+    assert "there is no module nunpy; did you mean numpy?" in text and "pip" not in text
 
 
 def test_specs_that_need_a_missing_package_say_so(small):
+    listing(small)
     small.exercise.spec.write_text("import no_such_package\n" + SPEC)
     small.submit("return 2 * x")
     _, report = small.judge()
 
-    assert "pip install no_such_package" in small.read(report)
+    assert "pip install no-such-package" in small.read(report)
 
 
 @pytest.mark.parametrize("options", [(), ("--isolate",)], ids=["here", "isolated"])

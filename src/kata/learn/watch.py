@@ -22,6 +22,7 @@ from kata.course.catalog import Exercise
 from kata.judge.report import Report, SpecReport, Starts
 from kata.judge.server import Request, WarmServer
 from kata.learn import verdict, views
+from kata.learn.lines import near
 from kata.learn.recorder import write_down
 
 KEYS = {
@@ -158,7 +159,7 @@ class Watch:
 
 def watch(exercise: Exercise, console: Console, parts: str = "solutions") -> None:
     """Watch one exercise after another until the learner quits."""
-    stub = verdict.near(str(exercise.stub))
+    stub = near(str(exercise.stub))
     console.print(Text.assemble(("watching ", "dim"), (stub, "cyan"), ("  warming up …", "dim")))
     watching = Watch(exercise, console, parts)
     try:
