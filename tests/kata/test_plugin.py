@@ -184,18 +184,27 @@ def test_the_verdict_says_what_is_wrong(small, body, sentence):
     assert sentence in small.read(report)
 
 
-def test_the_call_shown_is_said_to_be_the_last_where_a_spec_makes_several(small):
+@pytest.mark.parametrize(
+    ("judged", "call"),
+    [
+        ("assert_close(one, 2 * torch.ones(1))", "double(x: float32[1])"),
+        ("assert_close(one + 1, torch.ones(1))", "double(x: float32[2]), the last of 2 calls"),
+        ("assert one.sum() == 2", "double(x: float32[2]), the last of 2 calls"),
+        ("attempt(double, None)", "double(x: None)"),
+    ],
+)
+def test_of_several_calls_the_one_is_shown_whose_result_was_judged(small, judged, call):
     with (small.root / "tests/test_ex05_doubling.py").open("a") as spec:
         spec.write(
             "\n\ndef test_twice(attempt):\n    one = attempt(double, torch.ones(1))\n"
-            "    attempt(double, torch.ones(2))\n    assert_close(one, 2 * torch.ones(1))\n"
+            f"    attempt(double, torch.ones(2))\n    {judged}\n"
         )
 
     _, report = small.submit("return 5 * x")
 
     calls = [spec.detail.call for spec in report.specs if spec.detail]
     assert calls[0] == "double(x: float64[2, 3])"
-    assert calls[-1] == "double(x: float32[2]), the last of 2 calls"
+    assert calls[-1] == call
 
 
 def test_what_is_forbidden_is_guarded_no_longer_than_its_specs_run(small):
