@@ -2,6 +2,8 @@
 
 It acts on spec files (tests/test_exNN_slug.py) alone. Whoever wants the outcome as data (the
 verdict, the warm server, proof) reads `config.stash[JUDGE].reports`: one Report an exercise.
+
+PYTEST_DONT_REWRITE: a process that judges has imported this module before pytest asks for it.
 """
 
 from __future__ import annotations

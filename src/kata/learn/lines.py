@@ -56,5 +56,5 @@ def near(path: str) -> str:
 
 
 def width(console: Console) -> int:
-    """How wide a verdict is."""
-    return min(console.width, WIDTH)
+    """How wide a verdict is. What stands for √ and its like in ASCII is longer."""
+    return min(console.width - 6 * console.options.ascii_only, WIDTH)

@@ -138,9 +138,11 @@ def _passed(exercise: Exercise, next_one: str, console: Console) -> None:
     links = console.is_terminal and console.color_system is not None  # else the URL is shown
     for heading in ("After it passes", "Reading"):
         if text := exercise.section(heading):
+            console.print()
             console.print(Line(Text(heading, "bold")).indented(2), width=width(console))
             words = Padding(Markdown(text, hyperlinks=links), (0, 2, 0, 2), expand=False)
             console.print(words, width=width(console))
+    console.print()
     number = f"{exercise.number:02d}"
     ways = {"compare": f"kata diff {number}"}
     if exercise.figure.exists():
