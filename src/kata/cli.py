@@ -12,16 +12,16 @@ from typing import Annotated
 
 import typer
 from rich.columns import Columns
-from rich.console import Console
 from rich.text import Text
 
 from kata.course import catalog, stubs
 from kata.course.catalog import Exercise
 from kata.judge.submission import refusal
 from kata.learn import record, terminal, views
+from kata.learn.lines import width
 
 app = typer.Typer(no_args_is_help=False, add_completion=False, rich_markup_mode=None)
-console = Console(highlight=False, markup=False, emoji=False)  # paths are no markup
+console = terminal.console()
 
 Number = Annotated[str, typer.Argument(metavar="EXERCISE", help="a number or a name")]
 QUIET_OPTIONS = {"--isolate", "--seed", "--parts", "--time-limit", "--junitxml"}
@@ -111,7 +111,7 @@ def watch(
 @app.command()
 def hint(number: Number) -> None:
     """The next hint, one at a time."""
-    console.print(views.next_hint(catalog.find(root(), number)))
+    console.print(views.next_hint(catalog.find(root(), number)), width=width(console))
 
 
 @app.command()

@@ -18,18 +18,23 @@ class Line:
 
     body: Text
     head: Text = field(default_factory=Text)
+    tail: Text = field(default_factory=Text)  # after the last words, in one piece
     cut: bool = False  # at the edge, instead of wrapped
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width = max(LEAST, options.max_width - self.head.cell_len)
-        head = self.head
+        lines: list[Text] = []
         for text in self.body.split("\n", allow_blank=True):
             if self.cut:
-                text.truncate(width, overflow="ellipsis")
-            for wrapped in text.wrap(console, width) or [text]:
-                wrapped.rstrip()
-                yield Text.assemble(head, wrapped)
-                head = Text(" " * self.head.cell_len)
+                text.truncate(width - self.tail.cell_len, overflow="ellipsis")
+            lines += text.wrap(console, width) or [text]
+        for line in lines:
+            line.rstrip()
+        if self.tail and lines[-1].cell_len + self.tail.cell_len > width:
+            lines.append(Text())
+        lines[-1] = Text.assemble(lines[-1], self.tail)
+        for n, line in enumerate(lines):
+            yield Text.assemble(" " * self.head.cell_len if n else self.head, line)
 
     def indented(self, left: int) -> Line:
         """The same further to the right."""

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import codecs
 import os
+import shutil
 import sys
 import unicodedata
 from collections.abc import Mapping
+
+from rich.console import Console
 
 STAND_INS = {
     "✓": "ok", "✗": "X", "○": "o", "●": "*", "◐": "~", "◔": "~", "·": ".", "•": "*", "–": "-",
@@ -25,6 +28,12 @@ STAND_INS = {
     "ø": "o", "æ": "ae", "œ": "oe", "ł": "l", "đ": "d", "ı": "i", "€": "EUR", "▁": "_", "█": "#",
     "½": "1/2", "′": "'", "␣": "_", "Æ": "AE", "Ø": "O", "Ł": "L", "λ": "lambda", "Λ": "Lambda",
 }  # fmt: skip
+
+
+def console() -> Console:
+    """Where all is printed. Paths are no markup; rich takes a dumb terminal for 80 columns wide."""
+    width, height = shutil.get_terminal_size() if os.environ.get("TERM") == "dumb" else (None, None)
+    return Console(highlight=False, markup=False, emoji=False, width=width, height=height)
 
 
 def prepare(environment: Mapping[str, str] = os.environ) -> None:

@@ -19,7 +19,8 @@ HEADS = {"passed": ("passed", "bold green"), "failed": ("not yet", "bold red"),
          "unwritten": ("not written yet", "bold yellow"), "begun": ("begun", "bold yellow"),
          "skipped": ("skipped", "bold")}  # fmt: skip
 FOLDED = {"unwritten": "not written yet", "untried": "not tried"}
-UNREAD = ("absent", "unreadable")  # kinds of an error: nothing could be tried
+UNREAD = {"absent": "nothing to judge", "unreadable": "cannot be read"}  # so nothing was tried
+LOOKING = "comparing it with the known mistakes …"
 LINES_MORE = 20  # what a verdict has besides a line for each spec
 
 
@@ -51,7 +52,7 @@ def show_names(report: Report, console: Console) -> None:
         for line in [_line(spec, cut=False), *_fresh(spec, told)]:
             console.print(line, width=width(console))
     if not named:
-        console.print(Text("it is no known mistake", "dim"))
+        console.print(Text("  it is none of the known mistakes", "dim"))
 
 
 def _head(report: Report, exercise: Exercise) -> Line:
@@ -60,12 +61,12 @@ def _head(report: Report, exercise: Exercise) -> Line:
     if report.state == "unwritten":
         count = f", {report.total} specs"
     if report.error and report.error.kind in UNREAD:
-        word, count = "cannot be read", ""
+        word, count = UNREAD[report.error.kind], ""
     elif report.error and not report.specs:
         word = "no verdict"
-    took = f"  {_seconds(report.seconds)}"
-    body = Text.assemble((exercise.title, "bold"), "  ", (word + count, style), (took, "dim"))
-    return Line(body, Text(f"{exercise.number:02d} ", "bold"))
+    body = Text.assemble((exercise.title, "bold"), "  ", (word + count, style))
+    took = Text(f"  {_seconds(report.seconds)}", "dim")
+    return Line(body, Text(f"{exercise.number:02d} ", "bold"), took)
 
 
 def _stopped(report: Report, error: Detail, exercise: Exercise) -> list[Line]:
@@ -118,11 +119,11 @@ def _fresh(spec: SpecReport, told: set[str]) -> list[Line]:
 
 
 def _line(spec: SpecReport, cut: bool) -> Line:
-    note = spec.reason if spec.status == "skipped" else _seconds(spec.seconds)
-    if spec.status == "unwritten":
-        note = ""
-    body = Text.assemble(spec.sentence, ("  " + note if note else "", "dim"))
-    return Line(body, _mark(spec.status), cut)
+    if spec.status == "skipped":
+        body = Text.assemble(spec.sentence, (f"  {spec.reason}", "dim"))
+        return Line(body, _mark(spec.status), cut=cut)
+    took = "" if spec.status == "unwritten" else f"  {_seconds(spec.seconds)}"
+    return Line(Text(spec.sentence), _mark(spec.status), Text(took, "dim"), cut)
 
 
 def _folded(status: str, words: str) -> Line:

@@ -17,7 +17,7 @@ from kata.judge.report import Report, SpecReport, Starts
 from kata.judge.server import Request, WarmServer
 from kata.learn import verdict, views
 from kata.learn.keys import keyboard, saves
-from kata.learn.lines import near
+from kata.learn.lines import near, width
 from kata.learn.recorder import write_down
 
 KEYS = {
@@ -116,7 +116,7 @@ class Watch:
             for warning in self.report.warnings:
                 self.console.print(Text(warning, "yellow"))
             if self.report.naming:
-                self.console.print(Text("looking whether this is a known mistake …", "dim"))
+                self.console.print(Text(f"  {verdict.LOOKING}", "dim"))
         keys = [part for key, word in KEYS.items() for part in ((key, "bold cyan"), f" {word}   ")]
         self.console.print(Text.assemble("\n", *keys))
 
@@ -127,7 +127,8 @@ class Watch:
             if word == "next":
                 self.go_on()
             elif word == "hint":
-                self.console.print(views.next_hint(self.exercise))
+                hint = views.next_hint(self.exercise)
+                self.console.print(hint, width=width(self.console))
             elif word == "diff":
                 views.must_have_passed(self.exercise)
                 self.console.print(views.beside(self.exercise, self.console.width))
