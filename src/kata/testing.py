@@ -120,7 +120,7 @@ def compare(
     elif kind_of(expected) in ("a tensor", "an array", "a number"):
         return _compare_values(actual, expected, rtol, atol, where, slack)
     elif actual != expected:
-        return _differ("values", where, "is another value", actual, expected)
+        return _differ("values", where, "differs", actual, expected)
     else:
         return None
     return next((m for w, a, e in pairs if (m := compare(a, e, rtol, atol, w, slack))), None)
@@ -146,7 +146,7 @@ def _compare_values(
     yours, theirs = as_numpy(actual), as_numpy(expected)
     if not (numeric(actual) and numeric(expected)):
         same = np.array_equal(yours, theirs)
-        return None if same else _differ("values", where, "is another value", actual, expected)
+        return None if same else _differ("values", where, "differs", actual, expected)
 
     default = [TOLERANCES.get(dtype_of(x), (0.0, 0.0)) for x in (actual, expected)]
     rtol = slack * max(d[0] for d in default) if rtol is None else rtol

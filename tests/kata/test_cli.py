@@ -55,6 +55,21 @@ def test_a_learners_way_through_an_exercise(project):
     assert re.search(r"scaled dot-product attention \| passed", page)
 
 
+def test_what_is_begun_is_begun_in_the_verdict_on_the_map_and_in_progress_md(project):
+    file, solved = (project / name / "ex01_softmax.py" for name in ("exercises", "solutions"))
+    text, whole = file.read_text(), solved.read_text()
+    first, second = (whole.index(f"def {name}(") for name in ("softmax", "logsumexp"))
+    file.write_text(
+        text[: text.index("def softmax(")]
+        + whole[first:second]
+        + text[text.index("def logsumexp(") :]
+    )
+
+    assert "01 softmax  begun, 5 of 16 specs" in kata(project, "run", "1", status=1)
+    assert "01 softmax  begun, 5 of 16 specs" in kata(project)
+    assert re.search(r"softmax \| begun \| 5/16", (project / "progress.md").read_text())
+
+
 @pytest.mark.parametrize("width", [60, 160])
 def test_diff_shows_both_sides(project, width):
     out = kata(project, "diff", "31", "--give-up", width=width)
@@ -234,6 +249,13 @@ def test_every_sign_that_we_write_has_a_stand_in(monkeypatch):
     assert {s for s, text in shown.items() if "?" in text} <= set("�日🙂語本")
     assert shown["✓"] == "ok" and shown["√"] == "sqrt" and shown["α"] == "alpha"
     assert "é²…─│┌﹏ᵀ".encode("ascii", "kata") == b"e2...-|+_T"
+
+
+def test_a_dumb_terminal_is_as_wide_as_it_says(monkeypatch):
+    for name, value in (("TERM", "dumb"), ("COLUMNS", "60"), ("LINES", "20")):
+        monkeypatch.setenv(name, value)
+
+    assert terminal.console().size == (60, 20)
 
 
 @pytest.mark.parametrize(

@@ -43,10 +43,10 @@ def detail_of(bench: Bench, error: BaseException) -> Detail:
         detail.mismatch["cause"] = error.cause
     elif isinstance(error, pytest.fail.Exception):
         detail.kind = "no-raise" if "DID NOT RAISE" in problem.message else "assertion"
-        detail.message = problem.message.replace("DID NOT RAISE", "expected an error:")
+        detail.message = problem.message.replace("DID NOT RAISE", "no error was raised, expected")
     elif wanted := WANTED.match(problem.message):
         detail.kind = "assertion"
-        detail.message = f"the error should say {wanted[1]}, and says: {wanted[2]}"
+        detail.message = f"the error says {wanted[2]}, and should say {wanted[1]}"
     elif isinstance(error, outcome.Reached):
         detail.kind = "reached"
     elif isinstance(error, outcome.ArgumentChanged):

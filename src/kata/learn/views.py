@@ -89,8 +89,8 @@ def must_have_passed(exercise: Exercise) -> None:
     standing = record.standings(exercise.root).get(exercise.stem)
     if not (standing and standing.state == "passed"):
         raise ValueError(
-            f"exercise {exercise.number:02d} has not passed yet; to see the solution all the same "
-            f"(the record keeps it): kata diff {exercise.number:02d} --give-up"
+            f"exercise {exercise.number:02d} has not passed yet; to see its solution all the same "
+            f"(progress.md will say so): kata diff {exercise.number:02d} --give-up"
         )
 
 

@@ -94,7 +94,9 @@ class Watch:
         try:
             message = self.server.receive()
         except (EOFError, OSError):
-            self.console.print(Text("the server of verdicts has ended; starting another", "yellow"))
+            self.console.print(
+                Text("the process that judges has ended; starting another", "yellow")
+            )
             self.server.close()
             self.server = WarmServer(self.job)
             self.rerun()
