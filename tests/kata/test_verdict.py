@@ -146,6 +146,19 @@ def test_a_name_stands_under_its_own_spec_and_only_once(exercise):
     }
 
 
+def test_a_name_that_comes_after_the_verdict_stands_under_its_spec_and_once(exercise):
+    report = report_of(failed("a", mistakes=["One."]), failed("b", mistakes=["One."]), failed("c"))
+    to = Console(file=io.StringIO(), width=60, color_system=None)
+    verdict.show_names(report, to)
+    verdict.show_names(report_of(failed("c")), to)
+
+    assert [line.strip() for line in to.file.getvalue().splitlines()] == [
+        "✗ a  1 ms",
+        "a known mistake: One.",
+        "it is none of the known mistakes",
+    ]
+
+
 # --- a failure -----------------------------------------------------------------------------------
 
 
@@ -206,6 +219,13 @@ def test_wide_terminals_are_not_filled_with_one_line(exercise, status):
 
     for text in shown(report, exercise, 200), shown(everything(), exercise, 200):
         assert max(map(len, text.splitlines())) <= 100
+
+
+def test_milliseconds_are_not_torn_from_their_unit(exercise):
+    for n in range(20, 60):
+        lines = shown(report_of(spec("x" * n), spec("a", "unwritten")), exercise, 60).splitlines()
+        assert [line for line in lines if re.search(r"\d$|^ *ms", line)] == []
+        assert any(line.endswith("1 ms") for line in lines)
 
 
 def test_a_pass_shows_what_to_notice_and_to_read_under_its_headings(exercise):

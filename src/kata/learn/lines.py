@@ -26,13 +26,14 @@ class Line:
         lines: list[Text] = []
         for text in self.body.split("\n", allow_blank=True):
             if self.cut:
-                text.truncate(width - self.tail.cell_len, overflow="ellipsis")
+                text.truncate(width - 2 - self.tail.cell_len, overflow="ellipsis")
             lines += text.wrap(console, width) or [text]
         for line in lines:
             line.rstrip()
-        if self.tail and lines[-1].cell_len + self.tail.cell_len > width:
-            lines.append(Text())
-        lines[-1] = Text.assemble(lines[-1], self.tail)
+        if lines[-1].cell_len + 2 + self.tail.cell_len > width and self.tail:
+            lines.append(self.tail)
+        elif self.tail:
+            lines[-1] = Text.assemble(lines[-1], "  ", self.tail)
         for n, line in enumerate(lines):
             yield Text.assemble(" " * self.head.cell_len if n else self.head, line)
 

@@ -49,8 +49,9 @@ def show_names(report: Report, console: Console) -> None:
     named = [spec for spec in report.specs if spec.mistakes]
     told: set[str] = set()
     for spec in named:
-        for line in [_line(spec, cut=False), *_fresh(spec, told)]:
-            console.print(line, width=width(console))
+        if names := _fresh(spec, told):
+            for line in [_line(spec, cut=False), *names]:
+                console.print(line, width=width(console))
     if not named:
         console.print(Text("  it is none of the known mistakes", "dim"))
 
@@ -65,7 +66,7 @@ def _head(report: Report, exercise: Exercise) -> Line:
     elif report.error and not report.specs:
         word = "no verdict"
     body = Text.assemble((exercise.title, "bold"), "  ", (word + count, style))
-    took = Text(f"  {_seconds(report.seconds)}", "dim")
+    took = Text(_seconds(report.seconds), "dim")
     return Line(body, Text(f"{exercise.number:02d} ", "bold"), took)
 
 
@@ -122,7 +123,7 @@ def _line(spec: SpecReport, cut: bool) -> Line:
     if spec.status == "skipped":
         body = Text.assemble(spec.sentence, (f"  {spec.reason}", "dim"))
         return Line(body, _mark(spec.status), cut=cut)
-    took = "" if spec.status == "unwritten" else f"  {_seconds(spec.seconds)}"
+    took = "" if spec.status == "unwritten" else _seconds(spec.seconds)
     return Line(Text(spec.sentence), _mark(spec.status), Text(took, "dim"), cut)
 
 
