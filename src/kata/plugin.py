@@ -2,6 +2,8 @@
 
 It acts on spec files (tests/test_exNN_slug.py) alone. Whoever wants the outcome as data (the
 verdict, the warm server, proof) reads `config.stash[JUDGE].reports`: one Report an exercise.
+
+PYTEST_DONT_REWRITE: a process that judges has imported this module before pytest asks for it.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from kata.attempt.warm import prepare_environment
 from kata.course import catalog
 from kata.judge.session import JUDGE, Judge
 from kata.judge.submission import refusal
+from kata.learn.explain import plain
 from kata.learn.recorder import Recorder
-from kata.learn.verdict import plain
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -6,17 +6,30 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import inspect
-import numbers
-from collections.abc import Callable
+import itertools
+import math
+import sys
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from kata.course import cache
+from kata.summary import (
+    LARGE,
+    as_numpy,
+    dtype_of,
+    kind_of,
+    number,
+    numeric,
+    shape_of,
+    summary,
+)
+
+MOST_AXES = 4  # of a result of which two may be swapped
 
 # torch.testing's defaults: (rtol, atol) by dtype. Integers, bools and strings must be equal.
 TOLERANCES = {
@@ -33,20 +46,29 @@ TOLERANCES = {
 class Mismatch(AssertionError):
     """Yours is not what was expected. `cause` is one of kind, keys, shape, dtype, finite, values.
 
-    `detail` holds what a verdict shows: yours, expected (one line each), and for values also
-    n_wrong, n_all, index, yours_there, expected_there, largest.
+    `detail` holds what a verdict shows: yours, expected (one line each); for values also n_wrong,
+    n_all, index, yours_there, expected_there, largest; and a hint, where a plain one is true.
+    `actual` is what the spec has judged, and `pair` the two parts of it that differ.
     """
+
+    actual: Any = None
+    pair: tuple[Any, Any] = (None, None)
 
     def __init__(self, cause: str, sentence: str, detail: dict[str, Any]) -> None:
         self.cause, self.sentence, self.detail = cause, sentence, detail
-        lines = [sentence]
+        super().__init__(sentence)
+
+    def __str__(self) -> str:
+        lines, detail = [self.sentence], self.detail
         if "index" in detail:
             lines.append(
                 f"  first at {detail['index'] or 'the number itself'}: "
                 f"yours {detail['yours_there']}, expected {detail['expected_there']}"
             )
         lines += [f"  yours     {detail['yours']}", f"  expected  {detail['expected']}"]
-        super().__init__("\n".join(lines))
+        if "hint" in detail:
+            lines.append(f"  {detail['hint']}")
+        return "\n".join(lines)
 
 
 def assert_close(
@@ -62,6 +84,9 @@ def assert_close(
     __tracebackhide__ = True
     mismatch = compare(actual, expected, rtol, atol)
     if mismatch is not None:
+        mismatch.actual = actual
+        if hint := _swapped(*mismatch.pair, rtol, atol, mismatch.detail.get("index")):
+            mismatch.detail["hint"] = hint
         raise mismatch
 
 
@@ -73,28 +98,40 @@ def compare(
     where: str = "",
     slack: float = 1.0,
 ) -> Mismatch | None:
-    """The first difference, or None. `slack` multiplies the default tolerances."""
+    """The first difference, or None. `slack` multiplies the default tolerances.
+
+    Structure, kinds and shapes are compared first, so that an odd `actual` costs no more than
+    `expected` does.
+    """
+    pairs: Iterable[tuple[str, Any, Any]]
     if isinstance(expected, dict) and isinstance(actual, dict):
         if actual.keys() != expected.keys():
-            yours, theirs = sorted(map(str, actual)), sorted(map(str, expected))
-            return _differ("keys", where, "has other keys", yours, theirs)
-        pairs = [(f"{where}[{k!r}]", actual[k], v) for k, v in expected.items()]
+            return _differ("keys", where, _other_keys(actual, expected), actual, expected)
+        pairs = ((f"{where}[{summary(k)}]", actual[k], v) for k, v in expected.items())
     elif isinstance(expected, (list, tuple)) and isinstance(actual, (list, tuple)):
         if len(actual) != len(expected):
-            return _differ("shape", where, "has another length", len(actual), len(expected))
-        pairs = [
-            (f"{where}[{i}]", a, e) for i, (a, e) in enumerate(zip(actual, expected, strict=True))
-        ]
-    elif _kind(actual) != _kind(expected):
-        sentence = f"is {_kind(actual)}, not {_kind(expected)}"
-        return _differ("kind", where, sentence, summary(actual), summary(expected))
-    elif _kind(expected) in ("a tensor", "an array", "a number"):
+            sentence = f"has length {len(actual)}, expected {len(expected)}"
+            return _differ("shape", where, sentence, actual, expected)
+        both = enumerate(zip(actual, expected, strict=True))
+        pairs = ((f"{where}[{i}]", a, e) for i, (a, e) in both)
+    elif kind_of(actual) != kind_of(expected):
+        sentence = f"is {kind_of(actual)}, not {kind_of(expected)}"
+        return _differ("kind", where, sentence, actual, expected)
+    elif kind_of(expected) in ("a tensor", "an array", "a number"):
         return _compare_values(actual, expected, rtol, atol, where, slack)
     elif actual != expected:
-        return _differ("values", where, "is another value", summary(actual), summary(expected))
+        return _differ("values", where, "differs", actual, expected)
     else:
         return None
     return next((m for w, a, e in pairs if (m := compare(a, e, rtol, atol, w, slack))), None)
+
+
+def _other_keys(actual: dict[Any, Any], expected: dict[Any, Any]) -> str:
+    if missing := [key for key in expected if key not in actual]:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        return f"lacks the key {summary(missing[0])}{more}"
+    extra = next(key for key in actual if key not in expected)
+    return f"has the key {summary(extra)}, which was not expected"
 
 
 def _compare_values(
@@ -102,15 +139,18 @@ def _compare_values(
 ) -> Mismatch | None:
     # A Python number has no dtype of its own.
     untyped = {type(actual), type(expected)} & {int, float, complex}
-    for cause, of in (("shape", _shape), ("dtype", _dtype)):
+    for cause, of in (("shape", shape_of), ("dtype", dtype_of)):
         if of(actual) != of(expected) and not (untyped and cause == "dtype"):
             sentence = f"has {cause} {of(actual)}, expected {of(expected)}"
-            return _differ(cause, where, sentence, summary(actual), summary(expected))
+            return _differ(cause, where, sentence, actual, expected)
+    yours, theirs = as_numpy(actual), as_numpy(expected)
+    if not (numeric(actual) and numeric(expected)):
+        same = np.array_equal(yours, theirs)
+        return None if same else _differ("values", where, "differs", actual, expected)
 
-    default = [TOLERANCES.get(_dtype(x), (0.0, 0.0)) for x in (actual, expected)]
+    default = [TOLERANCES.get(dtype_of(x), (0.0, 0.0)) for x in (actual, expected)]
     rtol = slack * max(d[0] for d in default) if rtol is None else rtol
     atol = slack * max(d[1] for d in default) if atol is None else atol
-    yours, theirs = _numpy(actual), _numpy(expected)
     a, e = _wide(yours), _wide(theirs)
     with np.errstate(all="ignore"):
         # Not a == e: float64 cannot tell whole numbers beyond 2⁵³ apart.
@@ -136,133 +176,69 @@ def _compare_values(
     yours_there, expected_there = _apart(yours[index], theirs[index])
     largest = float(np.nanmax(np.where(np.isfinite(error), error, 0.0))) if error.size else 0.0
     return _differ(
-        cause, where, sentence, summary(actual), summary(expected),
+        cause, where, sentence, actual, expected,
         index=list(index), n_wrong=n_wrong, n_all=n_all,
         yours_there=yours_there, expected_there=expected_there, largest=largest,
     )  # fmt: skip
 
 
 def _differ(
-    cause: str, where: str, sentence: str, yours: Any, expected: Any, **more: Any
+    cause: str, where: str, sentence: str, actual: Any, expected: Any, **more: Any
 ) -> Mismatch:
     name = f"the result{where}"
     if not sentence[0].isdigit():
         sentence = f"{name} {sentence}"
     elif where:
         sentence = f"in {name}, {sentence}"
-    return Mismatch(cause, sentence, {"yours": str(yours), "expected": str(expected), **more})
-
-
-def summary(data: Any, values: bool = True) -> str:
-    """One line: dtype, shape, range, mean and spread; small values in full.
-
-    Without `values`, tensors and arrays show their dtype and shape alone.
-    """
-    kind = _kind(data)
-    if kind in ("a tensor", "an array"):
-        shape, array = _shape(data), _numpy(data)
-        head = f"{_dtype(data)}{list(shape)}" if shape else f"{_dtype(data)}"
-        if not values:
-            return head
-        if array.size == 0:
-            return f"{head} (empty)"
-        if array.dtype.kind in "OUS":
-            return head
-        if array.size <= 8:
-            text = np.array2string(
-                array, precision=4, separator=", ", threshold=8, max_line_width=400
-            )
-            return f"{head} {' '.join(text.split())}"
-        if array.dtype == bool:
-            return f"{head} {int(array.sum())} of {array.size} true"
-        if array.dtype.kind == "c":
-            return head
-        finite = array[np.isfinite(array)].astype(np.float64)
-        odd = array.size - finite.size
-        text = head
-        if finite.size:
-            text += f" in [{_number(finite.min())}, {_number(finite.max())}]"
-            with np.errstate(over="ignore", invalid="ignore"):
-                text += f" μ {_number(finite.mean())} σ {_number(finite.std())}"
-        return text + (f", {odd} not finite" if odd else "")
-    if isinstance(data, (list, tuple)):
-        brackets = "[]" if isinstance(data, list) else "()"
-        inner = ", ".join(summary(x, values) for x in data[:4]) + (", …" if len(data) > 4 else "")
-        return f"{brackets[0]}{inner}{brackets[1]}"
-    if isinstance(data, dict):
-        inner = ", ".join(f"{k!r}: {summary(v, values)}" for k, v in list(data.items())[:4])
-        return "{" + inner + (", …" if len(data) > 4 else "") + "}"
-    if kind == "a number":
-        return _number(data)
-    text = repr(data)
-    return text if len(text) <= 80 else text[:79] + "…"
-
-
-def _number(value: Any, digits: int = 5) -> str:
-    if isinstance(value, (bool, np.bool_)):
-        return str(bool(value))
-    if isinstance(value, numbers.Integral):
-        return str(int(value))
-    return f"{value:.{digits}g}"
+    shown = {"yours": summary(actual), "expected": summary(expected)}
+    mismatch = Mismatch(cause, sentence, shown | more)
+    mismatch.pair = actual, expected
+    return mismatch
 
 
 def _apart(a: Any, b: Any) -> tuple[str, str]:
     """Two numbers, with as many digits as tell them apart."""
     for digits in (5, 9, 17):
-        pair = _number(a, digits), _number(b, digits)
+        pair = number(a, digits), number(b, digits)
         if pair[0] != pair[1]:
             break
     return pair
 
 
-def _kind(data: Any) -> str:
-    if isinstance(data, torch.Tensor):
-        return "a tensor"
-    if isinstance(data, bool):
-        return "a truth value"
-    if isinstance(data, numbers.Number):
-        return "a number"
-    if isinstance(data, (np.ndarray, np.generic)) and not isinstance(data, (str, bytes)):
-        # NumPy's own reductions return scalars and arrays without dimensions as they please.
-        if data.ndim:
-            return "an array"
-        return "a truth value" if data.dtype == bool else "a number"
-    if data is None:
-        return "None"
-    article = "an" if type(data).__name__[0] in "aeiou" else "a"
-    return f"{article} {type(data).__name__}"
-
-
-def _shape(data: Any) -> tuple[int, ...]:
-    return tuple(data.shape) if hasattr(data, "shape") else ()
-
-
-def _dtype(data: Any) -> str:
-    if hasattr(data, "dtype"):
-        return str(data.dtype).removeprefix("torch.")
-    if isinstance(data, bool):
-        return "bool"
-    return (
-        "int64"
-        if isinstance(data, int)
-        else "complex128"
-        if isinstance(data, complex)
-        else "float64"
-    )
-
-
-def _numpy(data: Any) -> np.ndarray[Any, Any]:
-    if isinstance(data, torch.Tensor):
-        data = data.detach().cpu().resolve_conj().resolve_neg()
-        try:
-            data = data.numpy()
-        except TypeError:  # bfloat16, float8 and complex32, which NumPy does not have
-            data = data.to(torch.complex128 if data.is_complex() else torch.float64).numpy()
-    return np.asarray(data)
+def _swapped(
+    actual: Any, expected: Any, rtol: float | None, atol: float | None, index: list[int] | None
+) -> str:
+    """Which two axes of the result are swapped, if two are. Said only where it was tried."""
+    shape, wanted = shape_of(actual), shape_of(expected)
+    if not 2 <= len(shape) == len(wanted) <= MOST_AXES or math.prod(wanted) > LARGE:
+        return ""
+    for i, j in itertools.combinations(range(len(shape)), 2):
+        swap = {i: j, j: i}
+        if tuple(shape[swap.get(axis, axis)] for axis in range(len(shape))) != wanted:
+            continue
+        swapped = actual.swapaxes(i, j)
+        at = () if index is None else tuple(index)
+        if at and compare(swapped[at], expected[at], rtol, atol):
+            continue  # the cheapest way to see that it is not this
+        if compare(swapped, expected, rtol, atol) is None:
+            return f"yours, with axes {i} and {j} swapped, is what was expected"
+        if shape != wanted:
+            return f"swapping your axes {i} and {j} would give this shape"
+    return ""
 
 
 def _wide(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    if array.dtype.kind == "O":  # a whole number beyond 64 bits
+        return np.array([_float(x) for x in array.flat]).reshape(array.shape)
     return array.astype(np.complex128 if array.dtype.kind == "c" else np.float64)
+
+
+def _float(value: Any) -> float:
+    """The nearest one: a whole number may be larger than any."""
+    try:
+        return float(value)
+    except OverflowError:
+        return sys.float_info.max if value > 0 else -sys.float_info.max
 
 
 def real_weights(package: str, pattern: str) -> Path:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from kata import testing
+from kata import summary, testing
 from kata.attempt import modules
 from kata.testing import Mismatch, assert_close, compare
 
@@ -392,9 +394,7 @@ def test_says_where_in_a_container_it_is() -> None:
     mismatch = assert_mismatch(wrong, nested, "values")
 
     assert mismatch.sentence == "in the result['loss'][1][1], 1 of 3 elements differ"
-    assert (
-        assert_mismatch([1, "a"], [1, "b"], "values").sentence == "the result[1] is another value"
-    )
+    assert assert_mismatch([1, "a"], [1, "b"], "values").sentence == "the result[1] differs"
 
 
 def test_shows_enough_digits_to_tell_two_numbers_apart() -> None:
@@ -416,15 +416,118 @@ def test_says_both_shapes_dtypes_and_kinds() -> None:
 def test_sums_up_data_in_one_line() -> None:
     many = torch.arange(1000.0)
 
-    assert testing.summary(many) == "float32[1000] in [0, 999] μ 499.5 σ 288.67"
-    assert testing.summary(many[:3]) == "float32[3] [0., 1., 2.]"
-    assert testing.summary(torch.ones(2, 0)) == "float32[2, 0] (empty)"
-    assert testing.summary(many > 900) == "bool[1000] 99 of 1000 true"
-    assert testing.summary(many / 0).endswith(", 1000 not finite")
-    assert testing.summary([1, 2.5, None, True, "x"]) == "[1, 2.5, None, True, …]"
-    assert testing.summary({"a": many[:1]}) == "{'a': float32[1] [0.]}"
+    assert summary.summary(many) == "float32[1000] in [0, 999] μ 499.5 σ 288.67"
+    assert summary.summary(many[:3]) == "float32[3] [0., 1., 2.]"
+    assert summary.summary(torch.ones(2, 0)) == "float32[2, 0] (empty)"
+    assert summary.summary(many > 900) == "bool[1000] 99 of 1000 true"
+    assert summary.summary(many / 0).endswith(", 1000 not finite")
+    assert summary.summary([1, 2.5, None, True, "x"]) == "[1, 2.5, None, True, …]"
+    assert summary.summary({"a": many[:1]}) == "{'a': float32[1] [0.]}"
     for data in [c for case in CASES.values() for c in case[:2]]:
-        assert "\n" not in testing.summary(data)
+        assert "\n" not in summary.summary(data)
+
+
+# --- whatever a learner's code may give -----------------------------------------------------------
+
+nested: list[Any] = []
+for _ in range(60):
+    nested = [nested]
+many = torch.ones(1, dtype=torch.float32).expand(10**9)
+ODD: dict[str, tuple[Any, str]] = {
+    "a very long int": (10**10_000, "an int of 10,001 digits"),
+    "a long int": (10**40 - 1, "9" * 40),
+    "a longer int": (-(10**40), "an int of 41 digits"),
+    "an int that takes minutes to print": (1 << 5_000_000, "an int of about 1,505,150 digits"),
+    "nested deep": (nested, "[[[[[…]]]]]"),
+    "much out of little": (many, "float32[1000000000]"),
+    "an array of the same": (np.broadcast_to(np.float64(1), (10**9,)), "float64[1000000000]"),
+    "a complex NaN": (complex(math.nan, 1), "nan+1j"),
+    "objects": (np.array([object()] * 3), "object[3]"),
+    "dates": (np.array(["2020"], "M8[Y]"), "datetime64[Y][1]"),
+    "records": (np.zeros(9, "i4,f4"), "[('f0', '<i4'), ('f1', '<f4')][9]"),
+    "a long text": ("x" * 10**6, f"'{'x' * 60}'… (1,000,000 characters)"),
+    "long bytes": (b"x" * 10**6, f"b'{'x' * 60}'… (1,000,000 bytes)"),
+    "a key that is too long": ({10**10_000: 1}, "{an int of 10,001 digits: 1}"),
+    "a tensor without memory": (torch.ones(3, device="meta"), "a tensor"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_sums_up_whatever_there_is_at_once(name: str) -> None:
+    data, line = ODD[name]
+    start = time.perf_counter()
+
+    assert summary.summary(data) == line
+    assert summary.summary([data] * 9, values=False)
+    assert time.perf_counter() - start < 0.1
+
+
+@pytest.mark.parametrize("expected", [1.0, 1, "x", None, [1.0], {"a": 1}, torch.ones(2), 1j])
+@pytest.mark.parametrize("name", ODD)
+def test_whatever_is_judged_differs_at_once_and_nothing_else_is_raised(
+    name: str, expected: Any
+) -> None:
+    start = time.perf_counter()
+    for actual, of in (ODD[name][0], expected), ([ODD[name][0]], [expected]):
+        with pytest.raises(Mismatch) as raised:
+            assert_close(actual, of)
+        assert str(raised.value)
+    assert time.perf_counter() - start < 0.2
+
+
+def test_very_long_ints_are_told_apart() -> None:
+    assert compare(10**10_000, 10**10_000) is None
+    assert_mismatch(10**10_000, 10**10_000 + 1, "values")
+    assert_mismatch(-(10**400), -1.0, "values")
+
+
+def test_arrays_of_objects_dates_and_text_are_equal_or_not() -> None:
+    for one, other in (["a", "b"], ["a", "c"]), ([None, 1], [None, 2]):
+        for kind in (object, str):
+            x, y = np.array(one, kind), np.array(other, kind)
+            assert compare(x, x.copy()) is None
+            assert_mismatch(x, y, "values")
+
+
+# --- a plain slip gets a plain answer ------------------------------------------------------------
+
+
+def hint_of(actual: Any, expected: Any) -> str:
+    with pytest.raises(Mismatch) as raised:
+        assert_close(actual, expected)
+    assert raised.value.actual is actual
+    hint = raised.value.detail.get("hint", "")
+    assert hint in str(raised.value)
+    return str(hint)
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.array])
+def test_two_axes_that_are_swapped_are_named(kind: Any) -> None:
+    x = np.arange(24.0).reshape(2, 3, 4)
+    square = np.arange(18.0).reshape(2, 3, 3)
+
+    assert hint_of(kind(x.swapaxes(0, 2).copy()), kind(x)) == (
+        "yours, with axes 0 and 2 swapped, is what was expected"
+    )
+    assert hint_of([1, kind(square.swapaxes(1, 2).copy())], [1, kind(square)]) == (
+        "yours, with axes 1 and 2 swapped, is what was expected"
+    )
+    assert hint_of(kind(x.swapaxes(0, 1) + 1), kind(x)) == (
+        "swapping your axes 0 and 1 would give this shape"
+    )
+
+
+def test_no_axes_are_named_where_swapping_two_does_not_help() -> None:
+    x = torch.arange(24.0).reshape(2, 3, 4)
+    square = torch.arange(9.0).reshape(3, 3)
+
+    assert hint_of(x.permute(1, 2, 0), x) == ""
+    assert hint_of(square + 1, square) == ""
+    assert hint_of(square.T + torch.eye(3)[0], square) == ""
+    assert hint_of(x[0], x) == "" and hint_of(1.0, 2.0) == "" and hint_of(None, x) == ""
+    assert hint_of(torch.zeros(2, 1, 1, 1, 3), torch.zeros(3, 1, 1, 1, 2)) == ""
+    huge = torch.zeros(1).expand(2000, 1000)
+    assert hint_of(huge.T, huge) == ""
 
 
 # --- mutants of the code: for each, one of the cases above tells it from the original ------------
@@ -432,11 +535,11 @@ def test_sums_up_data_in_one_line() -> None:
 MUTANTS = [
     ("actual.keys() != expected.keys()", "not actual.keys() >= expected.keys()"),
     ("len(actual) != len(expected)", "len(actual) < len(expected)"),
-    ("_kind(actual) != _kind(expected)", "False"),
+    ("kind_of(actual) != kind_of(expected)", "False"),
     ("elif actual != expected:", "elif False:"),
     ("of(actual) != of(expected)", "cause == \"dtype\" and of(actual) != of(expected)"),
     ("of(actual) != of(expected)", "cause == \"shape\" and of(actual) != of(expected)"),
-    ("(\"shape\", _shape), (\"dtype\", _dtype)", "(\"dtype\", _dtype), (\"shape\", _shape)"),
+    ("(\"shape\", shape_of)", "(\"dtype\", dtype_of), (\"shape\", shape_of)"),
     ("not (untyped and cause == \"dtype\")", "True"),
     ("& {int, float, complex}", "& {int, complex}"),
     ("max(d[0] for d in default)", "min(d[0] for d in default)"),
@@ -471,11 +574,15 @@ MUTANTS = [
 
 
 def mutant(old: str, new: str) -> ModuleType:
-    path = Path(testing.__file__)
-    source = path.read_text("utf-8")
-    assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in testing.py"
-    module = ModuleType("mutant")
-    exec(compile(source.replace(old, new), str(path), "exec"), module.__dict__)
+    """testing.py, or summary.py below it, with a few words changed."""
+    below, above = (Path(module.__file__ or "") for module in (summary, testing))
+    texts = {path: path.read_text("utf-8") for path in (below, above)}
+    assert sum(text.count(old) for text in texts.values()) == 1, f"{old!r} stands there otherwise"
+    below_it, module = ModuleType("below"), ModuleType("mutant")
+    exec(compile(texts[below].replace(old, new), str(below), "exec"), below_it.__dict__)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "kata.summary", below_it)
+        exec(compile(texts[above].replace(old, new), str(above), "exec"), module.__dict__)
     return module
 
 

@@ -32,12 +32,12 @@ def as_a_terminal_starts_it():
 class Terminal:
     """A learner's terminal with `kata watch` in it."""
 
-    def __init__(self, project, *args):
+    def __init__(self, project, *args, before=()):
         self.stub = project / "exercises" / f"{STEM}.py"
         self.screen = ""
         self.master, slave = pty.openpty()
         ioctl(self.master, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 90, 0, 0))
-        command = [sys.executable, "-m", "kata", "watch", *args]
+        command = [*before, sys.executable, "-m", "kata", "watch", *args]
         self.process = subprocess.Popen(
             command,
             cwd=project,
@@ -89,6 +89,44 @@ def terminal(project):
     opened.close()
 
 
+SHELL = """
+import os, signal, sys, termios
+from fcntl import ioctl
+
+def canonical():
+    return bool(termios.tcgetattr(0)[3] & termios.ICANON)
+
+ioctl(0, termios.TIOCSCTTY, 0)
+signal.signal(signal.SIGTTOU, signal.SIG_IGN)
+job = os.fork()
+if job == 0:
+    os.setpgid(0, 0)
+    os.tcsetpgrp(0, os.getpgrp())
+    signal.signal(signal.SIGTTOU, signal.SIG_DFL)
+    os.execv(sys.argv[1], sys.argv[1:])
+while True:
+    status = os.waitpid(job, os.WUNTRACED)[1]
+    if not os.WIFSTOPPED(status):
+        os._exit(os.waitstatus_to_exitcode(status))
+    os.tcsetpgrp(0, os.getpgrp())
+    print("SHELL: stopped,", "lines" if canonical() else "single keys", flush=True)
+    word = sys.stdin.readline().strip()
+    if word == "fg":
+        os.tcsetpgrp(0, job)
+    os.kill(job, signal.SIGCONT)
+"""
+
+
+@pytest.fixture
+def shell(project):
+    """The same below a shell that has job control and leaves the terminal's modes alone."""
+    opened = Terminal(project, "31", before=[sys.executable, "-c", SHELL])
+    opened.wait_for(UNWRITTEN)
+    opened.wait_for("q quit")
+    yield opened
+    opened.close()
+
+
 @pytest.fixture
 def solution(project):
     return (project / "solutions" / f"{STEM}.py").read_text()
@@ -131,6 +169,33 @@ def test_keys(terminal, solution):
     terminal.wait_for("01 softmax  not written yet")
     terminal.type("q")
     assert terminal.process.wait(10) == 0
+
+
+def test_ctrl_z_gives_the_terminal_back_and_fg_takes_it_again(shell, solution):
+    for _ in range(2):
+        shell.type("\x1a")
+        shell.wait_for("SHELL: stopped, lines")
+        shell.type("fg\n")
+        shell.wait_for(UNWRITTEN)  # drawn once more, where the shell has written
+        shell.wait_for("q quit")
+        shell.type("h")  # without a newline
+        shell.wait_for(r"Hint \d of 3")
+    shell.save(solution)
+    shell.wait_for(PASSED)
+    shell.type("q")
+    assert shell.process.wait(10) == 0
+
+
+def test_after_ctrl_z_and_bg_the_shell_has_the_keys_and_verdicts_still_come(shell, solution):
+    shell.type("\x1a")
+    shell.wait_for("SHELL: stopped, lines")
+    shell.type("bg\n")
+    shell.save(solution)
+    shell.wait_for(PASSED)
+    shell.type("h\n")  # whoever reads this in the background is stopped
+    shell.save("")
+    shell.wait_for("nothing is defined")
+    assert "SHELL" not in shell.screen and "Hint" not in shell.screen
 
 
 @pytest.mark.parametrize("how", ["key", "ctrl-c", "hang-up"])

@@ -85,20 +85,55 @@ def problem(error: BaseException, files: set[str], rank: int | None = None) -> P
     """An exception as data, with the frames of the learner's files."""
     if isinstance(error, Elsewhere):
         return error.problem
-    chain: BaseException | None = error
-    while chain is not None:  # also inside a compiler's complaint, which quotes the line
-        if unwritten := UNWRITTEN.search(str(chain)):
+    for each in _chain(error):  # also inside a compiler's complaint, which quotes the line
+        if unwritten := UNWRITTEN.search(_words(each)):
             return Problem(["NotImplementedError", "RuntimeError"], unwritten[0], [], rank)
-        chain = chain.__cause__ or chain.__context__
     types = [
         c.__name__ for c in type(error).__mro__ if c is type(error) or c.__module__ == "builtins"
     ]
-    own = [f for f in frames(error) if f.file in files or STEM.fullmatch(Path(f.file).stem)]
-    if isinstance(error, SyntaxError) and error.filename:
-        own = [Frame(error.filename, error.lineno or 0, "", (error.text or "").rstrip())]
-    return Problem(
-        types, str(error) if not isinstance(error, SyntaxError) else error.msg, own, rank
-    )
+    own: list[Frame] = []
+    for each in _chain(error):
+        through = frames(each)
+        own += [f for f in through if _learners(f.file, files) and f not in own]
+        if through and _learners(through[-1].file, files):
+            break  # raised here; where a library has raised it, its cause may have been here
+    if isinstance(error, SyntaxError) and error.filename and not error.filename.startswith("<"):
+        own = [Frame(error.filename, error.lineno or 0, "", _marked(error))]
+    return Problem(types, _words(error), own, rank)
+
+
+def _chain(error: BaseException) -> list[BaseException]:
+    """An exception and what it came from."""
+    chain: list[BaseException] = []
+    following: BaseException | None = error
+    while following is not None and following not in chain:
+        chain.append(following)
+        hidden = None if following.__suppress_context__ else following.__context__
+        following = following.__cause__ or hidden
+    return chain
+
+
+def _learners(file: str, files: set[str]) -> bool:
+    return file in files or STEM.fullmatch(Path(file).stem) is not None
+
+
+def _words(error: BaseException) -> str:
+    """What an exception says; Triton's interpreter, what the error in the kernel says."""
+    while type(error).__name__ == "InterpreterError" and error.__cause__ is not None:
+        error = error.__cause__
+        if type(error).__name__ != "InterpreterError":
+            return f"{type(error).__name__}: {_words(error)}"
+    try:
+        return str(error.msg if isinstance(error, SyntaxError) else error)
+    except Exception:
+        return "its message cannot be read"
+
+
+def _marked(error: SyntaxError) -> str:
+    """The line of a syntax error, and a mark below the place."""
+    line = (error.text or "").rstrip()
+    place = (error.offset or 0) - 1
+    return f"{line}\n{' ' * place}^" if line and 0 <= place <= len(line) else line
 
 
 def frames(error: BaseException) -> list[Frame]:

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from kata.attempt import forbidden, modules
-from kata.attempt.outcome import Attempted, Done, Frame, Problem
+from kata.attempt.outcome import Attempted, Done
 from kata.attempt.places import Here, Place
 from kata.attempt.seam import Attempt
 from kata.course import cache, catalog, variants
 from kata.course.variants import Variant
 from kata.judge import naming
+from kata.judge.detail import unreadable
 from kata.judge.report import Detail, Report
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class Bench:
         self.looked = True
         detail = _absent(self.path)
         if detail is None and (problem := self.place.load()) and not problem.unwritten:
-            detail = _unreadable(problem)
+            detail = unreadable(problem, self.path, self.exercise.root)
         self.report.error = detail
 
     def replay(self, variant: Variant | None, past: Attempted) -> list[Done]:
@@ -120,9 +121,3 @@ def _absent(path: Path) -> Detail | None:
 
 def _is_text(node: ast.stmt) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-
-
-def _unreadable(problem: Problem) -> Detail:
-    frames: list[Frame] = problem.frames
-    where = f"{frames[-1].file}:{frames[-1].line}" if frames else ""
-    return Detail("unreadable", f"{problem.types[0]}: {problem.message}", where, frames=frames)

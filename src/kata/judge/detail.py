@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
-from kata.attempt import outcome, wire
-from kata.attempt.outcome import Attempted
+from kata.attempt import outcome, seam, wire
+from kata.attempt.outcome import Attempted, Frame, Problem
+from kata.judge import absent
+from kata.judge.calls import call_of, judged_call
 from kata.judge.limits import OutOfTime
 from kata.judge.report import Detail
-from kata.testing import Mismatch, summary
+from kata.testing import Mismatch
 
 if TYPE_CHECKING:
     from kata.judge.bench import Bench
@@ -19,6 +23,8 @@ if TYPE_CHECKING:
 WANTED = re.compile(
     r"Regex pattern did not match\.\s+Expected regex: (.*)\n\s+Actual message: (.*)"
 )
+
+PLACE = re.compile(r" \(/\S+\.(py|so)\)$")  # the file of a module that lacks a name
 
 
 def detail_of(bench: Bench, error: BaseException) -> Detail:
@@ -31,19 +37,16 @@ def detail_of(bench: Bench, error: BaseException) -> Detail:
     detail = Detail("raised", problem.message, frames=problem.frames)
     detail.where = f"{spec_file}:{at[-1].line}" if at else spec_file
     own = [past for past in bench.record if past.spec == bench.attempt.spec]
-    if own:
-        detail.call = call_of(bench, own[-1])
-        if len(own) > 1:  # which of them the judgement is about is not known
-            detail.call += f", the last of {len(own)} calls"
+    detail.call = _call_shown(bench, own, error)
     if isinstance(error, Mismatch):
         detail.kind, detail.message, detail.mismatch = "mismatch", error.sentence, error.detail
         detail.mismatch["cause"] = error.cause
     elif isinstance(error, pytest.fail.Exception):
         detail.kind = "no-raise" if "DID NOT RAISE" in problem.message else "assertion"
-        detail.message = problem.message.replace("DID NOT RAISE", "expected an error:")
+        detail.message = problem.message.replace("DID NOT RAISE", "no error was raised, expected")
     elif wanted := WANTED.match(problem.message):
         detail.kind = "assertion"
-        detail.message = f"the error should say {wanted[1]}, and says: {wanted[2]}"
+        detail.message = f"the error says {wanted[2]}, and should say {wanted[1]}"
     elif isinstance(error, outcome.Reached):
         detail.kind = "reached"
     elif isinstance(error, outcome.ArgumentChanged):
@@ -55,18 +58,40 @@ def detail_of(bench: Bench, error: BaseException) -> Detail:
     elif isinstance(error, wire.NotPlainData):
         detail.message = f"the result: {problem.message}"
     else:
-        detail.message = f"{problem.types[0]}: {problem.message}"
+        detail.message = _complaint(problem, own[-1:], bench.exercise.root)
     return detail
 
 
-def call_of(bench: Bench, past: Attempted) -> str:
-    """The attempt as a call: `attend(q: float64[3, 4], mask: None)`."""
-    import inspect
+def unreadable(problem: Problem, path: Path, root: Path) -> Detail:
+    """Why the code under test could not be read, so that no spec was tried."""
+    frames = problem.frames or [Frame(str(path), 0, "", "")]
+    return Detail("unreadable", _complaint(problem, (), root), frames=frames)
 
-    args, kwargs = wire.decode(past.job.call)
-    names = list(inspect.signature(getattr(bench.spec, past.job.run)).parameters)[1:]
-    names += [""] * (len(args) - len(names))
-    named = [*zip(names, args, strict=False), *kwargs.items()]
-    shown = ", ".join(f"{n}: {summary(v, values=False)}" if n else summary(v) for n, v in named)
-    ranks = f" on {past.job.ranks} ranks" if past.job.ranks else ""
-    return f"{past.job.run}({shown}){ranks}"
+
+def _complaint(problem: Problem, last: Sequence[Attempted], root: Path) -> str:
+    """An error in the words that a learner reads, and on which rank it was."""
+    kind, message = problem.types[0], problem.message
+    if kind == "ModuleNotFoundError":
+        text = absent.plainly(message, root)
+    elif kind in ("RankWaits", "RankDied", "InterpreterError", "WorkerDied"):
+        text = message  # which is whole by itself
+    else:
+        text = f"{kind}: {PLACE.sub('', message)}" if message else kind
+    if problem.rank is None or f"rank {problem.rank}" in message:
+        return text
+    raised = [done.problem for past in last for done in past.done]
+    alike = [p for p in raised if p and (p.types[0], p.message) == (kind, message)]
+    if len(alike) == len(raised) > 1:
+        return f"on each of {len(raised)} ranks: {text}"
+    return f"on rank {problem.rank}: {text}"
+
+
+def _call_shown(bench: Bench, own: Sequence[Attempted], error: BaseException) -> str:
+    """The call that was judged; where that isn't known, the last one, and that it is the last."""
+    if not own:
+        return ""
+    judged = judged_call(getattr(bench.attempt, "given", ()), error)
+    if judged is None and any(f.file == seam.__file__ for f in outcome.frames(error)):
+        judged = own[-1]
+    call = call_of(bench.spec, judged or own[-1])
+    return call if judged or len(own) == 1 else f"{call}, the last of {len(own)} calls"

@@ -13,6 +13,7 @@ import pytest
 from kata.attempt.outcome import Done
 from kata.attempt.ranks import Launch, RankServer
 from kata.course import catalog
+from kata.judge import absent
 from kata.judge.bench import Bench
 from kata.judge.detail import detail_of
 from kata.judge.limits import SETTING_UP, alarm, disarm, limit_of
@@ -65,6 +66,7 @@ class Judge:
         if report.failed and exercise and "::" not in report.nodeid:
             lines = [line for line in str(report.longrepr).splitlines() if line.strip()]
             message = next((line[2:] for line in lines if line.startswith("E ")), lines[-1]).strip()
+            message = absent.plainly(message, exercise.root)
             detail = Detail("error", message, where=report.nodeid)
             self.broken.append(Report(exercise.stem, "", error=detail))
 

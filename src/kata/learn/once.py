@@ -29,7 +29,7 @@ def run(request: Request, console: Console, next_one: str = "") -> int:
         named = not report.naming
         verdict.show(report, request.exercise, console, next_one)
         if not named:
-            console.print(Text("looking whether this is a known mistake …", "dim"))
+            console.print(Text(f"  {verdict.LOOKING}", "dim"))
             report = child.report()
             verdict.show_names(report, console)
     except KeyboardInterrupt:

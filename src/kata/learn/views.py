@@ -35,9 +35,14 @@ def map_of(folder: Path) -> Group:
         own = [e for e in every if e.chapter == chapter]
         table.add_row(Text(str(chapter), "bold"), Text(title, "bold"))
         for e in own:
-            state = standings[e.stem].state if e.stem in standings else "unwritten"
-            mark, style = marks[state]
-            table.add_row("", Text.assemble((mark, style), f" {e.number:02d} {e.title}"))
+            standing = standings.get(e.stem)
+            mark, style = marks[standing.state if standing else "unwritten"]
+            far = ""
+            if standing and standing.state in ("begun", "failed"):
+                word = "begun" if standing.state == "begun" else "not yet"
+                far = f"  {word}, {standing.passed} of {standing.total} specs"
+            row = Text.assemble((mark, style), f" {e.number:02d} {e.title}", (far, "dim"))
+            table.add_row("", row)
         if not own:
             table.add_row("", Text("to come", "dim"))
     following = next_after(folder, None)
@@ -84,8 +89,8 @@ def must_have_passed(exercise: Exercise) -> None:
     standing = record.standings(exercise.root).get(exercise.stem)
     if not (standing and standing.state == "passed"):
         raise ValueError(
-            f"exercise {exercise.number:02d} has not passed yet; to see the solution all the same "
-            f"(the record keeps it): kata diff {exercise.number:02d} --give-up"
+            f"exercise {exercise.number:02d} has not passed yet; to see its solution all the same "
+            f"(progress.md will say so): kata diff {exercise.number:02d} --give-up"
         )
 
 

@@ -5,23 +5,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import termios
-import threading
-import tty
-from collections.abc import Iterator
-from contextlib import contextmanager
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
-from watchfiles import watch as changes
 
 from kata.course.catalog import Exercise
 from kata.judge.report import Report, SpecReport, Starts
 from kata.judge.server import Request, WarmServer
 from kata.learn import verdict, views
+from kata.learn.keys import keyboard, saves
+from kata.learn.lines import near, width
 from kata.learn.recorder import write_down
 
 KEYS = {
@@ -58,18 +54,19 @@ class Watch:
     def loop(self) -> None:
         """Until the learner quits."""
         self.rerun()
-        with _wakeups(self.exercise.root) as woken, _keys() as keyboard:
+        with saves(self.exercise.root) as woken, keyboard() as keys:
             while True:
-                sources: list[Any] = [
-                    self.server.connection,
-                    woken,
-                    *([] if keyboard is None else [keyboard]),
-                ]
+                sources: list[Any] = [self.server.connection, woken]
+                if keys.in_front:
+                    sources.append(keys.fd)
                 ready = wait(sources, timeout=SLOW)
-                if keyboard in ready and keyboard is not None:
-                    typed = os.read(keyboard, 64).decode(errors="ignore").lower()
+                if keys.continued:
+                    keys.continued = False
+                    self.draw()
+                if keys.fd in ready and keys.in_front and keys.fd is not None:
+                    typed = os.read(keys.fd, 64).decode(errors="ignore").lower()
                     if not typed:
-                        keyboard = None  # nobody is there: go on without keys
+                        keys.fd = None  # nobody is there: go on without keys
                     if any(self.press(key) for key in typed):
                         return
                 if woken in ready:
@@ -97,7 +94,9 @@ class Watch:
         try:
             message = self.server.receive()
         except (EOFError, OSError):
-            self.console.print(Text("the server of verdicts has ended; starting another", "yellow"))
+            self.console.print(
+                Text("the process that judges has ended; starting another", "yellow")
+            )
             self.server.close()
             self.server = WarmServer(self.job)
             self.rerun()
@@ -106,20 +105,20 @@ class Watch:
             self.spec = message.spec
             return
         self.report = message
-        self.running = self.report.naming
-        if self.console.is_terminal:
-            self.console.clear()
-        verdict.show(self.report, self.exercise, self.console, "press n")
-        if not self.report.naming:
-            for warning in write_down(self.report, self.job):
-                self.console.print(Text(warning, "yellow"))
-        if self.report.naming:
-            self.console.print(Text("looking whether this is a known mistake …", "dim"))
-            self.told = True
-        self.foot()
+        self.running = self.told = self.report.naming
+        self.report.warnings = [] if self.report.naming else write_down(self.report, self.job)
+        self.draw()
 
-    def foot(self) -> None:
-        """The keys."""
+    def draw(self) -> None:
+        """The verdict, if there is one, and the keys."""
+        if self.report:
+            if self.console.is_terminal:
+                self.console.clear()
+            verdict.show(self.report, self.exercise, self.console, "press n")
+            for warning in self.report.warnings:
+                self.console.print(Text(warning, "yellow"))
+            if self.report.naming:
+                self.console.print(Text(f"  {verdict.LOOKING}", "dim"))
         keys = [part for key, word in KEYS.items() for part in ((key, "bold cyan"), f" {word}   ")]
         self.console.print(Text.assemble("\n", *keys))
 
@@ -130,7 +129,8 @@ class Watch:
             if word == "next":
                 self.go_on()
             elif word == "hint":
-                self.console.print(views.next_hint(self.exercise))
+                hint = views.next_hint(self.exercise)
+                self.console.print(hint, width=width(self.console))
             elif word == "diff":
                 views.must_have_passed(self.exercise)
                 self.console.print(views.beside(self.exercise, self.console.width))
@@ -158,7 +158,7 @@ class Watch:
 
 def watch(exercise: Exercise, console: Console, parts: str = "solutions") -> None:
     """Watch one exercise after another until the learner quits."""
-    stub = verdict.near(str(exercise.stub))
+    stub = near(str(exercise.stub))
     console.print(Text.assemble(("watching ", "dim"), (stub, "cyan"), ("  warming up …", "dim")))
     watching = Watch(exercise, console, parts)
     try:
@@ -167,46 +167,3 @@ def watch(exercise: Exercise, console: Console, parts: str = "solutions") -> Non
         pass
     finally:
         watching.server.close()
-
-
-@contextmanager
-def _wakeups(root: Path) -> Iterator[int]:
-    """A file descriptor that can be read when something below the floors was saved."""
-    reader, writer = os.pipe()
-    stop = threading.Event()
-    folders = [root / name for name in ("exercises", "solutions", "tests")]
-
-    def tell() -> None:
-        for _ in changes(
-            *folders, step=1, debounce=20, stop_event=stop, recursive=False, rust_timeout=200
-        ):
-            os.write(writer, b"!")
-
-    thread = threading.Thread(target=tell, daemon=True)
-    thread.start()
-    try:
-        yield reader
-    finally:
-        stop.set()
-        thread.join()
-        os.close(reader)
-        os.close(writer)
-
-
-@contextmanager
-def _keys() -> Iterator[int | None]:
-    """Standard input, with each key at once where it is a terminal; None where there is none."""
-    try:
-        keyboard = sys.stdin.fileno()
-    except (OSError, ValueError, AttributeError):
-        yield None
-        return
-    if not os.isatty(keyboard):
-        yield keyboard
-        return
-    before = termios.tcgetattr(keyboard)
-    tty.setcbreak(keyboard)
-    try:
-        yield keyboard
-    finally:
-        termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
