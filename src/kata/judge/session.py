@@ -12,7 +12,7 @@ import pytest
 
 from kata.attempt.outcome import Done
 from kata.attempt.ranks import Launch, RankServer
-from kata.course import catalog
+from kata.course import cache, catalog
 from kata.judge import absent
 from kata.judge.bench import Bench
 from kata.judge.detail import detail_of
@@ -73,7 +73,7 @@ class Judge:
     def pytest_pycollect_makemodule(self, module_path: Path) -> None:
         """Before a spec file is imported, since `@settings` takes the rest from the profile."""
         if catalog.of_spec(module_path) and b"hypothesis" in module_path.read_bytes():
-            _settle_hypothesis(self.option.seed)
+            _settle_hypothesis(self.option.seed, module_path.parent.parent)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         for item in session.items:
@@ -91,7 +91,7 @@ class Judge:
         if any(item.get_closest_marker(mark) for mark in ("train", "weights")):
             report = self.bench(item.module).report  # type: ignore[attr-defined]
             if report.count("failed") + report.count("unwritten"):
-                pytest.skip("this takes seconds: once the other specs pass")
+                pytest.skip("runs once the other specs pass: it takes seconds")
         if self.tell:
             self.tell(Starts(item.name, SETTING_UP))
         self.bench(item.module).place.prepare()  # type: ignore[attr-defined]
@@ -173,11 +173,13 @@ class Judge:
 JUDGE = pytest.StashKey[Judge]()
 
 
-def _settle_hypothesis(seed: int) -> None:
+def _settle_hypothesis(seed: int, root: Path) -> None:
     """The same examples at every run for a learner; others, but repeatable, under another seed."""
     import hypothesis
-    from hypothesis import HealthCheck, Phase, core
+    from hypothesis import HealthCheck, Phase, configuration, core
 
+    # Not in the folder where somebody happens to stand.
+    configuration.set_hypothesis_home_dir(cache.folder(root, "hypothesis"))
     hypothesis.settings.register_profile(
         "kata",
         database=None,
