@@ -46,6 +46,12 @@ def use_parts(folder: Path) -> None:
         del sys.modules[name]
 
 
+def compiled(path: Path) -> None:
+    """Raise what is wrong with a file before it runs: it can't be read, or isn't Python."""
+    loader = _SourceLoader(path.stem, str(path))
+    loader.source_to_code(loader.get_data(str(path)), str(path))
+
+
 def load(path: Path, name: str | None = None) -> ModuleType:
     """A fresh module of a file, under a name that no `import` uses."""
     name = name or f"{path.stem}__{path.parent.name}"

@@ -148,7 +148,7 @@ def gravest(done: Sequence[Done]) -> Problem | None:
     """Of several ranks' problems the one that the others follow from."""
 
     def rank(problem: Problem) -> int:
-        if problem.types[0] == "RankWaits":
+        if problem.types[0] in ("RankWaits", "RankOutOfTime"):
             return 2
         return int("gloo" in problem.message and "Connection" in problem.message)
 

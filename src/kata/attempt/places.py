@@ -27,8 +27,8 @@ class Place(Protocol):
     def prepare(self) -> None:
         """Start what takes time: it doesn't count as the spec's."""
 
-    def load(self) -> Problem | None:
-        """Read the file; the problem if it can't be."""
+    def load(self, run: bool = True) -> Problem | None:
+        """Read the file, and run it; the problem if it can't be."""
 
     def perform(self, job: Job) -> list[Done]:
         """Attempt, and say what came of it."""
@@ -58,9 +58,11 @@ class Here:
     def prepare(self) -> None:
         pass
 
-    def load(self) -> Problem | None:
+    def load(self, run: bool = True) -> Problem | None:
         try:
-            _ = self.module
+            modules.compiled(self.path)
+            if run:
+                _ = self.module
         except (Exception, SystemExit) as error:
             return problem(error, {str(self.path)})
         return None

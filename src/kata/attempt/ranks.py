@@ -38,6 +38,7 @@ STILL_AFTER_FAILURE = 2  # the same once a rank has failed
 GRACE = 0.5  # seconds for the others once a rank has failed
 
 
+LATE = "not done after"
 JOINED = b""  # what a rank sends before its result
 
 
@@ -238,7 +239,8 @@ class _Rank:
         if at is not None:
             where += f", {Path(at.file).name}:{at.line} ({at.function})"
         message = f"rank {self.rank} waits{where}: {why}"
-        types = ["RankWaits", "TimeoutError", "OSError", "Exception"]
+        kind = "RankOutOfTime" if why.startswith(LATE) else "RankWaits"
+        types = [kind, "TimeoutError", "OSError", "Exception"]
         return Done(problem=Problem(types, message, [at] if at else [], self.rank))
 
     def end(self) -> None:
@@ -252,7 +254,7 @@ def _collect(ranks: list[_Rank], launch: Launch, requests: Connection) -> list[D
     """Wait for all, or until waiting has no sense. None if nobody asks any more."""
     end = time.monotonic() + launch.limit
     seen, still, limit = "", 0, STILL
-    why = f"not done after {launch.limit:g} s"
+    why = f"{LATE} {launch.limit:g} s"
     while waiting := [r for r in ranks if r.done is None]:
         if time.monotonic() > end:
             break

@@ -158,8 +158,14 @@ class Worker:
     def prepare(self) -> None:
         self._forked = self._forked or ForkServer.fork(self._scratch.path)
 
-    def load(self) -> Problem | None:
-        return self.perform(Job("", LOAD, b"", 0))[0].problem
+    def load(self, run: bool = True) -> Problem | None:
+        if run:
+            return self.perform(Job("", LOAD, b"", 0))[0].problem
+        try:
+            modules.compiled(self._told)
+        except Exception as error:
+            return problem(error, {str(self._told)})
+        return None
 
     def perform(self, job: Job) -> list[Done]:
         """Attempt in the worker. A worker that gives no answer has failed the attempt."""

@@ -53,7 +53,7 @@ def detail_of(bench: Bench, error: BaseException) -> Detail:
         detail.kind = "changed"
     elif isinstance(error, AssertionError) and not problem.frames:
         detail.kind = "assertion"
-    elif isinstance(error, OutOfTime):
+    elif isinstance(error, OutOfTime) or problem.types[0] == "RankOutOfTime":
         detail.kind = "time"
     elif isinstance(error, wire.NotPlainData):
         detail.message = f"the result: {problem.message}"
