@@ -36,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     option("--seed", "draw other inputs", type=int, default=0)
     option("--isolate", "run attempts in a worker process", action="store_true")
     option("--time-limit", "seconds for one spec, 0: none", type=float, default=-1.0)
-    option("--naming-limit", "seconds to find the known mistake", type=float, default=10.0)
+    option("--fill-atlas", "keep what this run did, to name mistakes", action="store_true")
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:

@@ -11,10 +11,8 @@ import torch
 from rich.console import Console
 
 from kata.attempt import forbidden
-from kata.attempt.outcome import Done, Problem
 from kata.attempt.worker import ForkServer
 from kata.course import catalog
-from kata.judge.naming import same
 from kata.judge.report import SpecReport
 from kata.judge.session import JUDGE
 from kata.learn import verdict
@@ -199,22 +197,6 @@ def test_what_takes_seconds_is_run_once_the_other_specs_pass(small, mark):
         "this takes seconds: once the other specs pass"
     ]
     assert right.state == "passed" and right.count("passed") == 4
-
-
-@pytest.mark.parametrize(
-    ("message", "alike"),
-    [
-        ("folder/a: shape [2, 3] into 6", True),
-        ("folder/b: shape [20, 4] into 80", True),
-        ("folder/a: no such x", False),
-    ],
-)
-def test_a_crash_is_the_known_one_if_it_says_the_same_but_for_numbers_and_paths(message, alike):
-    known = [Done(problem=Problem(["RuntimeError"], "folder/a/x: shape [2, 3] into 6"))]
-    mine = [Done(problem=Problem(["RuntimeError"], message))]
-
-    assert same(known, mine, in_failed=True) == alike
-    assert same(known, mine, in_failed=False)
 
 
 def test_only_the_first_failure_is_expanded(small):

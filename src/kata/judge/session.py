@@ -101,7 +101,7 @@ class Judge:
         bench, limit = self.bench(item.module), limit_of(item, self.option.time_limit)  # type: ignore[attr-defined]
         if self.tell:
             self.tell(Starts(item.name, limit))
-        with alarm(limit, None if self.tell else self._stderr):
+        with alarm(limit, None if self.tell else self._stderr), bench.noting_first_failure(item):
             bench.look()
             if bench.report.error:
                 pytest.fail(bench.report.error.message, pytrace=False)
@@ -152,6 +152,8 @@ class Judge:
         for bench in self.benches.values():
             start = time.perf_counter()
             bench.recognise()
+            if self.option.fill_atlas:
+                bench.fill_atlas()
             bench.report.seconds += time.perf_counter() - start
             bench.close()
         if self._rank_server and self._rank_server is not RankServer.current:
