@@ -1,7 +1,8 @@
-"""The atlas: what known versions do, by version and call, kept from run to run.
+"""The atlas: a file of what known versions do in an attempt, kept from run to run.
 
 A known mistake does the same every time, so a verdict looks its outcomes up and replays only what
-is not there. The proof fills the atlas, and so does `kata watch` while the learner types.
+is not there (see `replays`). The proof fills the atlas, and so does `kata watch` while the learner
+types.
 
 Nothing depends on it: where nothing can be written, on a read-only checkout or a full disk, it
 lives in memory, and a broken file is begun anew.
@@ -19,68 +20,64 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypeVar
 
-import msgspec
-
-from kata.attempt.outcome import Done, Job
-
-LIMIT = 512 << 20  # bytes of outcomes; beyond, those that were made first go
-LARGEST = 1 << 20  # bytes of one outcome; what is larger is not kept
+LIMIT = 1 << 30  # bytes; beyond, what was put in first goes
+LARGEST = 1 << 20  # bytes of one entry; what is larger is not kept
 PATIENCE = 2.0  # seconds to wait for another process that writes
 LIBRARIES = ("torch", "numpy", "jax", "transformers")
 
-# Most mistakes do in most attempts what the reference does: an outcome is kept once.
+# Most mistakes do in most attempts what the reference does: equal outcomes are kept once.
 TABLES = """
-CREATE TABLE IF NOT EXISTS content (digest BLOB PRIMARY KEY, done BLOB) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS outcome (number INTEGER PRIMARY KEY, key BLOB UNIQUE, digest BLOB);
+CREATE TABLE IF NOT EXISTS content (digest BLOB PRIMARY KEY, data BLOB) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS entry (number INTEGER PRIMARY KEY, key BLOB UNIQUE, digest BLOB);
 """
 T = TypeVar("T")
 
 
 class Atlas:
-    """Outcomes by key (see `key_of`). What is put is written by `flush`, in one transaction."""
+    """Bytes by key. What is put is written by `flush`, in one transaction."""
 
     def __init__(self, path: Path, limit: int = LIMIT) -> None:
         self.path, self.limit = path, limit
-        self._new: dict[bytes, list[Done]] = {}
-        self._known: dict[bytes, list[Done]] = {}
+        self._new: dict[bytes, bytes] = {}
+        self._known: dict[bytes, bytes] = {}
         self._database: sqlite3.Connection | None = None
         self._owner = 0  # a connection must not be used in a forked child
 
-    def get(self, key: bytes) -> list[Done] | None:
-        if found := self._known.get(key):
-            return found
-        query = "SELECT done FROM outcome JOIN content USING (digest) WHERE key = ?"
-        row = self._ask(lambda database: database.execute(query, (key,)).fetchone())
-        if row is None:
-            return None
-        self._known[key] = msgspec.msgpack.decode(row[0], type=list[Done])
+    @classmethod
+    def of(cls, root: Path) -> Atlas:
+        """The project's."""
+        return cls(root / ".cache" / "kata" / "atlas.sqlite")
+
+    def get(self, key: bytes) -> bytes | None:
+        if key not in self._known:
+            query = "SELECT data FROM entry JOIN content USING (digest) WHERE key = ?"
+            row = self._ask(lambda database: database.execute(query, (key,)).fetchone())
+            if row is None:
+                return None
+            self._known[key] = row[0]
         return self._known[key]
 
-    def put(self, key: bytes, done: list[Done], lasting: bool = True) -> None:
+    def put(self, key: bytes, data: bytes, lasting: bool = True) -> None:
         """Not lasting: for this process alone."""
-        self._known[key] = done
-        if lasting:
-            self._new[key] = done
+        self._known[key] = data
+        if lasting and len(data) <= LARGEST:
+            self._new[key] = data
 
     def flush(self) -> None:
         """Write what is new. What can't be written now is lost, and will be made again."""
-        rows = [(key, msgspec.msgpack.encode(done)) for key, done in self._new.items()]
-        self._new = {}
-        rows = [(key, done) for key, done in rows if len(done) <= LARGEST]
+        rows, self._new = list(self._new.items()), {}
         if rows:
             self._ask(lambda database: self._write(database, rows))
 
     def _write(self, database: sqlite3.Connection, rows: list[tuple[bytes, bytes]]) -> None:
-        with database:  # one transaction
-            database.execute("BEGIN IMMEDIATE")
-            for key, done in rows:
-                digest = hashlib.sha256(done).digest()[:16]
-                database.execute("INSERT OR IGNORE INTO content VALUES (?, ?)", (digest, done))
-                database.execute(
-                    "INSERT OR REPLACE INTO outcome (key, digest) VALUES (?, ?)", (key, digest)
-                )
-        if self._bytes(database) > self.limit:
-            with database:
+        digests = [hashlib.sha256(data).digest()[:16] for _, data in rows]
+        entries = [(key, digest) for (key, _), digest in zip(rows, digests, strict=True)]
+        contents = [(digest, data) for (_, data), digest in zip(rows, digests, strict=True)]
+        database.execute("BEGIN IMMEDIATE")
+        with database:  # commits, or takes all back
+            database.executemany("INSERT OR IGNORE INTO content VALUES (?, ?)", contents)
+            database.executemany("INSERT OR REPLACE INTO entry VALUES (NULL, ?, ?)", entries)
+            if self._bytes(database) > self.limit:
                 self._evict(database)
 
     def _bytes(self, database: sqlite3.Connection) -> int:
@@ -92,9 +89,9 @@ class Atlas:
 
     def _evict(self, database: sqlite3.Connection) -> None:
         """The older half goes; its pages are used again."""
-        half = "SELECT (MIN(number) + MAX(number)) / 2 FROM outcome"
-        database.execute(f"DELETE FROM outcome WHERE number <= ({half})")
-        database.execute("DELETE FROM content WHERE digest NOT IN (SELECT digest FROM outcome)")
+        half = "SELECT (MIN(number) + MAX(number)) / 2 FROM entry"
+        database.execute(f"DELETE FROM entry WHERE number <= ({half})")
+        database.execute("DELETE FROM content WHERE digest NOT IN (SELECT digest FROM entry)")
 
     def _ask(self, question: Callable[[sqlite3.Connection], T]) -> T | None:
         """None where the file can't be used. One that is broken goes, for the next process."""
@@ -103,8 +100,7 @@ class Atlas:
         except sqlite3.OperationalError:  # locked, read-only, full
             return None
         except sqlite3.DatabaseError:
-            with suppress(OSError):
-                self.path.unlink()
+            self.remove()
             return None
         except OSError:
             return None
@@ -114,27 +110,33 @@ class Atlas:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             database = sqlite3.connect(self.path, timeout=PATIENCE, isolation_level=None)
             database.execute("PRAGMA journal_mode = WAL")
-            database.execute("PRAGMA synchronous = OFF")  # after a power cut it may be broken
+            database.execute("PRAGMA synchronous = OFF")  # a power cut may break it, a kill not
             database.executescript(TABLES)
             self._database, self._owner = database, os.getpid()
         return self._database
 
+    def remove(self) -> None:
+        """The file goes, if it can."""
+        self._database = None
+        for suffix in ("", "-wal", "-shm"):
+            with suppress(OSError):
+                self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
 
-def key_of(surroundings: bytes, source: bytes, job: Job) -> bytes:
-    """The key of what a version (its source) does when it is asked for a job."""
-    digest = hashlib.sha256(surroundings + hashlib.sha256(source).digest())
-    for part in (job.run.encode(), job.call, repr((job.seed, job.ranks)).encode()):
-        digest.update(hashlib.sha256(part).digest())
-    return digest.digest()[:16]
+
+def digest_of(*parts: object) -> bytes:
+    """The digest of bytes, and of what has a plain repr."""
+    whole = hashlib.sha256()
+    for part in parts:
+        data = part if isinstance(part, bytes) else repr(part).encode()
+        whole.update(hashlib.sha256(data).digest())
+    return whole.digest()[:16]
 
 
 def surroundings(files: Iterable[Path]) -> bytes:
-    """All else that an outcome depends on: the spec file, parts, the seam, the libraries."""
-    seam = sorted((Path(__file__).parents[1] / "attempt").glob("*.py"))
-    digest = hashlib.sha256(repr(_versions()).encode())
-    for path in (*files, *seam):
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.digest()
+    """What all outcomes depend on: these files, how attempts are made, the libraries."""
+    package = Path(__file__).parents[1]
+    own = [package / "testing.py", *sorted((package / "attempt").glob("*.py"))]
+    return digest_of(_versions(), *(path.read_bytes() for path in (*files, *own)))
 
 
 @cache

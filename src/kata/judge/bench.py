@@ -16,7 +16,7 @@ from kata.attempt.outcome import Attempted, Frame, Problem
 from kata.attempt.places import Here, Place
 from kata.attempt.seam import Attempt
 from kata.course import catalog, variants
-from kata.judge import naming
+from kata.judge import naming, recall
 from kata.judge.replays import Replays
 from kata.judge.report import Detail, Report
 
@@ -40,8 +40,11 @@ class Bench:
         forbidden.forbid(getattr(spec, "WITHOUT", ()))
         self.place = self._isolated() if judge.option.isolate else self._here(self.path)
         # What is replayed beside code that may have changed the process is for this verdict alone.
-        clean = judge.option.fill_atlas or judge.option.isolate
+        fills = bool(judge.option.fill_atlas)
+        clean = fills or judge.option.isolate
         self.replays = Replays(exercise, self.parts, self._here, keeps=clean)
+        if fills and self.path.exists():
+            self.place = recall.Recalled(self.place, self.replays, self.path.read_bytes())
         self.attempt = Attempt(self.place, self.record, f"{judge.option.seed} {exercise.stem}")
 
     def _here(self, path: Path) -> Place:
@@ -101,25 +104,27 @@ class Bench:
         if not failed:
             return
         forbidden.forbid(getattr(self.spec, "WITHOUT", ()))  # other specs may have come since
-        record = [past for past in self._counted() if past.spec in judged]
+        record, retried = self._first_and_retried()
+        record = [past for past in record if past.spec in judged]
         known = variants.load(self.exercise).mistake
-        found = naming.explain(known, record, failed, self.replays)
+        found = naming.explain(known, record, failed, self.replays, retried)
         for spec in self.report.specs:
             if spec.name in found:
                 spec.mistakes = [found[spec.name].says]
 
-    def _counted(self) -> list[Attempted]:
-        """The attempts up to the first failure of each spec."""
-        end = self._first_failure
-        return [past for i, past in enumerate(self.record) if i < end.get(past.spec, i + 1)]
+    def _first_and_retried(self) -> tuple[list[Attempted], list[Attempted]]:
+        """The attempts up to the first failure of each spec, and those after it."""
+        first: list[Attempted] = []
+        retried: list[Attempted] = []
+        for i, past in enumerate(self.record):
+            (first if i < self._first_failure.get(past.spec, i + 1) else retried).append(past)
+        return first, retried
 
     def fill_atlas(self) -> None:
         """Keep what this run did. The reference's calls are tried on all known mistakes too."""
-        source = self.path.read_bytes()
-        for past in self._counted():
-            self.replays.keep(source, past)
-        if self.path == self.exercise.solution:
-            forbidden.forbid(getattr(self.spec, "WITHOUT", ()))
+        recall.keep_ways(self)
+        self.replays.atlas.flush()
+        if self.path == self.exercise.solution and self.judge.option.fill_atlas == "mistakes":
             for variant in variants.load(self.exercise).mistake:
                 for past in self.record:
                     self.replays(variant, past)

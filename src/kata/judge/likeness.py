@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from enum import IntEnum
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 
 from kata.attempt import wire
 from kata.attempt.outcome import Done, Problem, gravest
-from kata.testing import compare
+from kata.testing import TOLERANCES
 
 # Of an error's message: paths and addresses vary from run to run, numbers in their last digits.
 VARYING = re.compile(r"\S*/\S*|0x[0-9a-f]+|<object object at .*?>")
@@ -19,8 +21,9 @@ NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*(?:e[-+]?\d+)?|\.\d+)")
 # Narrower ones are taken for alike while they are far apart.
 PRECISE = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 PRECISE_NAMES = {str(dtype).removeprefix("torch.") for dtype in PRECISE}
-TELLING = 4  # significant digits from which a number is hardly met by chance
-ENOUGH = 3  # different such numbers that tell one fault from others
+DIGITS = 4  # significant digits from which a number is hardly met by chance
+WORD = 0.25  # what a word tells, beside such a number
+SLACK = 10.0  # times the tolerance of specs: other ways to compute round otherwise
 
 
 def same(a: list[Done], b: list[Done], in_failed: bool = True) -> bool:
@@ -36,9 +39,7 @@ def same(a: list[Done], b: list[Done], in_failed: bool = True) -> bool:
     for x, y in zip(a, b, strict=True):
         if x.problem or y.problem or x.changed != y.changed or bool(x.reached) != bool(y.reached):
             return False
-        if x.result != y.result and compare(
-            wire.decode(x.result), wire.decode(y.result), slack=10.0
-        ):
+        if x.result != y.result and not _close(_read(x.result), _read(y.result)):
             return False
     return True
 
@@ -57,45 +58,154 @@ def _place(problem: Problem) -> str:
     return problem.frames[0].function if problem.frames else ""
 
 
-def telling(mine: list[Done], reference: list[Done]) -> int:
-    """How many different numbers of many digits `mine` has where the reference has others.
+class Stance(IntEnum):
+    """What an attempt says of a mistake: the later, the graver."""
 
-    Tokens, truth values, counts and shapes are no such numbers, nor are errors, zeros, infinities
-    and NaN: many faults share those.
+    NOTHING = 0  # the mistake changes nothing there
+    FOR = 1  # the learner's code does what the mistake does
+    DOUBT = 2  # it does a third thing
+    AGAINST = 3  # it is right where the mistake is wrong
+
+
+def stance(mistake: list[Done], mine: list[Done], reference: list[Done]) -> Stance:
+    """What my outcome says of a mistake: the gravest of what its parts say.
+
+    Tuples, lists and dicts have parts. Of errors the type counts, since others use other words.
     """
-    seen: set[str] = set()
+    if any(done.problem for done in (*mistake, *mine, *reference)):
+        if same(mistake, reference, in_failed=False):
+            return Stance.NOTHING
+        if same(mine, reference, in_failed=False):
+            return Stance.AGAINST
+        return Stance.FOR if same(mine, mistake, in_failed=False) else Stance.DOUBT
+    found = Stance.NOTHING
+    for wrong, own, right in zip(mistake, mine, reference, strict=True):
+        changed = set(wrong.changed) - set(right.changed)
+        if changed:
+            found = max(found, Stance.FOR if changed <= set(own.changed) else Stance.AGAINST)
+        if wrong.result != right.result:
+            found = max(found, _stance(*(_read(done.result) for done in (wrong, own, right))))
+    return found
+
+
+def _stance(wrong: Any, mine: Any, right: Any) -> Stance:
+    parts = [_parts(data) for data in (wrong, mine, right)]
+    if parts[0] and parts[0].keys() == parts[1].keys() == parts[2].keys():
+        return max(_stance(*(part[key] for part in parts)) for key in parts[0])
+    if _close(wrong, right):
+        return Stance.NOTHING
+    if _close(mine, wrong) or _is_nearer(mine, wrong, right):
+        return Stance.FOR
+    return Stance.AGAINST if _close(mine, right) else Stance.DOUBT
+
+
+@lru_cache(maxsize=1024)
+def _read(result: bytes) -> Any:
+    """Plain data; nobody writes into it. The same results are compared many times."""
+    return wire.decode(result)
+
+
+def _close(a: Any, b: Any) -> bool:
+    """What `compare` of kata.testing finds equal, with more slack and without words for it."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_close(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(_close, a, b))
+    x, y = _array(a), _array(b)
+    if x is None or y is None:
+        return type(a) is type(b) and bool(a == b)
+    untyped = {type(a), type(b)} & {int, float, complex}
+    if isinstance(a, torch.Tensor) != isinstance(b, torch.Tensor) or x.shape != y.shape:
+        return False
+    if (x.dtype.kind == "b") != (y.dtype.kind == "b") or not (untyped or _dtype(a) == _dtype(b)):
+        return False
+    if x.dtype.kind not in "fc" and y.dtype.kind not in "fc":
+        return bool((x == y).all())
+    tolerances = [TOLERANCES.get(name, (0.0, 0.0)) for name in (_dtype(a), _dtype(b))]
+    rtol, atol = (SLACK * max(both) for both in zip(*tolerances, strict=True))
+    return bool(np.isclose(x, y, rtol=rtol, atol=atol, equal_nan=True).all())
+
+
+def _array(data: Any) -> np.ndarray[Any, Any] | None:
+    """Numbers and truth values as an array NumPy can compute with."""
+    if isinstance(data, torch.Tensor):
+        if data.dtype not in PRECISE and (data.is_floating_point() or data.is_complex()):
+            data = data.to(torch.complex128 if data.is_complex() else torch.float64)
+        return np.asarray(data.detach().numpy())
+    if isinstance(data, (np.ndarray, np.generic, bool, int, float, complex)):
+        array = np.asarray(data)
+        return array.astype(np.float64) if array.dtype.kind == "V" else array
+    return None
+
+
+def _dtype(data: Any) -> str:
+    return str(data.dtype if hasattr(data, "dtype") else np.asarray(data).dtype).split(".")[-1]
+
+
+def _parts(data: Any) -> dict[Any, Any]:
+    """What a result is made of, by name or number; nothing if it is one piece."""
+    if isinstance(data, dict):
+        return data
+    return dict(enumerate(data)) if isinstance(data, (list, tuple)) else {}
+
+
+def _is_nearer(mine: Any, wrong: Any, right: Any) -> bool:
+    """Whether mine lies with the wrong one: in narrow dtypes all three may pass for alike."""
+    if not all(isinstance(x, torch.Tensor) and x.dtype.itemsize < 4 for x in (mine, wrong, right)):
+        return False
+    if not mine.shape == wrong.shape == right.shape:
+        return False
+    far = [(mine.double() - x.double()).abs().sum() for x in (wrong, right)]
+    return bool(3 * far[0] < far[1])
+
+
+def telling(mine: list[Done], reference: list[Done]) -> float:
+    """How much it tells that somebody else also gives `mine`, where the reference gives other data.
+
+    1 for each different number of many digits, and less for each word or id in a list. Truth
+    values, counts, shapes and tokens in tensors tell nothing, nor do errors, zeros, infinities and
+    NaN: many faults share those.
+    """
+    numbers: set[str] = set()
+    words: set[Any] = set()
     for x, y in zip(mine, reference, strict=False):
         if not x.problem:
-            theirs = dict(_leaves(wire.decode(y.result))) if not y.problem else {}
-            for path, values in _leaves(wire.decode(x.result)):
-                seen |= _digits(values, theirs.get(path))
-    return len(seen)
+            theirs = dict(_leaves(_read(y.result))) if not y.problem else {}
+            for path, value in _leaves(_read(x.result)):
+                if isinstance(value, np.ndarray):
+                    numbers |= _digits(value, theirs.get(path))
+                elif path not in theirs or theirs[path] != value:
+                    words.add(value)
+    return len(numbers) + len(words) * WORD
 
 
-def _digits(values: np.ndarray[Any, Any], others: np.ndarray[Any, Any] | None) -> set[str]:
+def _digits(values: np.ndarray[Any, Any], others: Any) -> set[str]:
     off = np.isfinite(values)
-    if others is not None and others.shape == values.shape:
+    if isinstance(others, np.ndarray) and others.shape == values.shape:
         with np.errstate(all="ignore"):
             off &= ~(np.abs(values - others) <= 1e-6 + 1e-4 * np.abs(others))
     written = {f"{v:.5g}" for v in np.abs(values[off]).ravel()[:256]}
-    return {text for text in written if len(_significant(text)) >= TELLING}
+    return {text for text in written if len(_significant(text)) >= DIGITS}
 
 
 def _significant(text: str) -> str:
     return text.partition("e")[0].replace(".", "").strip("0")
 
 
-def _leaves(data: Any, path: str = "") -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
-    """The numbers of many digits in plain data, with where they stand."""
+def _leaves(data: Any, path: str = "", inside: bool = False) -> Iterator[tuple[str, Any]]:
+    """Arrays of precise numbers, words, and ids in lists, each with where it stands."""
     if isinstance(data, dict):
         for key, value in data.items():
             yield from _leaves(value, f"{path}[{key!r}]")
     elif isinstance(data, (list, tuple)):
         for i, value in enumerate(data):
-            yield from _leaves(value, f"{path}[{i}]")
+            yield from _leaves(value, f"{path}[{i}]", inside=True)
     elif isinstance(data, torch.Tensor):
-        yield from _leaves(data.detach().numpy() if data.dtype in PRECISE else None, path)
+        if data.dtype in PRECISE:
+            yield path, data.detach().numpy()
     elif isinstance(data, (np.ndarray, np.generic, float, complex)):
         array = np.asarray(data)
         if array.dtype.name in PRECISE_NAMES:
             yield path, array
+    elif isinstance(data, (str, bytes)) or (inside and type(data) is int):
+        yield path, data

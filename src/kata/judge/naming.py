@@ -5,8 +5,8 @@ spec only if
 
 - in every attempt of that spec it does what the learner's code does, and in one of them the
   reference does something else;
-- nothing speaks against it: wherever else it does something else than the reference, in whatever
-  spec that ran, the learner's code does that too;
+- nothing speaks against it: in no spec that ran is the learner's code right where the mistake is
+  wrong, and hardly anywhere does it do a third thing there;
 - the agreement tells something: results agree in numbers of many digits that the reference does not
   have. Tokens, truth values, shapes and errors are what many faults share. They tell something
   only if the mistake explains every spec that failed;
@@ -18,90 +18,118 @@ The rule holds for each spec by itself, so two faults may have two names.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 from kata.attempt.outcome import Attempted, Done
 from kata.course.variants import Variant
-from kata.judge.likeness import ENOUGH, same, telling
+from kata.judge.likeness import Stance, same, stance, telling
 
+ENOUGH = 3.0  # different numbers of many digits that tell one fault from others
+FEW = 4  # failed specs that a mistake must explain for each in which a third thing comes out
+RETRIED = 20  # of the attempts after a failure
 SLOW = 0.5  # seconds: such an attempt is replayed when all others speak for a mistake
 Replay = Callable[["Variant | None", Attempted], list[Done]]
 
 
+@dataclass
+class Case:
+    """The failed specs that a mistake explains, and those in which it does so in part."""
+
+    variant: Variant
+    explained: set[str] = field(default_factory=set)
+    backed: set[str] = field(default_factory=set)
+
+
 def explain(
-    known: Sequence[Variant], record: list[Attempted], failed: list[str], replay: Replay
+    known: Sequence[Variant],
+    record: list[Attempted],
+    failed: list[str],
+    replay: Replay,
+    retried: Sequence[Attempted] = (),
 ) -> dict[str, Variant]:
     """The known mistake that explains a failed spec, by spec.
 
-    `record` has the attempts of the specs that passed or failed, in their order. `replay` gives
-    what comes of an attempt on a mistake, or on the reference (None).
+    `record` has the attempts of the specs that passed or failed, in their order, and `retried`
+    those that Hypothesis made on its way from a failure to a smaller one. `replay` gives what comes
+    of an attempt on a mistake, or on the reference (None).
     """
     run = _Run(record, failed, replay)
-    explained = {variant: run.explained_by(variant) for variant in known} if run.failed else {}
-    best = {spec: run.best(explained, spec) for spec in run.failed}
-    return {spec: variant for spec, variant in best.items() if variant}
+    cases = [run.case(variant) for variant in known] if run.told else []
+    found = {}
+    for spec in run.told:
+        best = run.best(cases, spec)
+        if best and run.confirmed(best, [past for past in retried if past.spec == spec]):
+            found[spec] = best
+    return found
 
 
 class _Run:
     """What the learner's code did, beside what others do in the same attempts."""
 
     def __init__(self, record: list[Attempted], failed: list[str], replay: Replay) -> None:
-        self.record, self.replay, self._failed = record, replay, set(failed)
+        self.record, self.replay = record, replay
         self._outcomes: dict[tuple[Variant | None, int], list[Done]] = {}
-        every = range(len(record))
-        strange = [i for i in every if self._in_failed(i) and not self._agrees(None, i)]
-        self.failed = list(dict.fromkeys(record[i].spec for i in strange))
-        self._tell = {
-            record[i].spec
-            for i in strange
-            if telling(record[i].done, self._outcome(None, i)) >= ENOUGH
-        }
+        self._is_failed = [past.spec in failed for past in record]
+        self.told: dict[str, float] = {}  # by failed spec, where attempts show why
+        for i, past in enumerate(record):
+            if self._is_failed[i] and not self._agrees(None, i):
+                told = telling(past.done, self._outcome(None, i))
+                self.told[past.spec] = max(told, self.told.get(past.spec, 0.0))
         last = {past.spec: i for i, past in enumerate(record)}  # what a spec fell over
         self._order = sorted(
-            every,
+            range(len(record)),
             key=lambda i: (
                 _seconds(record[i]) > SLOW,
-                i != last[record[i].spec] or not self._in_failed(i),
+                i != last[record[i].spec] or not self._is_failed[i],
                 _seconds(record[i]),
             ),
         )
 
-    def explained_by(self, variant: Variant) -> set[str]:
-        """The failed specs that a mistake explains; none where something speaks against it."""
-        explained = set(self.failed)
+    def case(self, variant: Variant) -> Case:
+        """What speaks for a mistake; an empty case where anything speaks against it."""
+        explained = set(self.told)
+        backed: set[str] = set()
+        doubtful: set[str] = set()
         for i in self._order:
-            if not self._agrees(variant, i):
-                if self._shows(variant, i):
-                    return set()
-                explained.discard(self.record[i].spec)
-            if not explained:
-                return set()
-        certain = explained & self._tell or len(explained) == len(self.failed)
-        return explained if certain else set()
+            if self._agrees(variant, i):
+                continue
+            spec = self.record[i].spec
+            explained.discard(spec)
+            says = stance(self._outcome(variant, i), self.record[i].done, self._outcome(None, i))
+            if says is Stance.AGAINST:
+                return Case(variant)
+            if self._is_failed[i] and says is not Stance.NOTHING:
+                (doubtful if says is Stance.DOUBT else backed).add(spec)
+            if not explained or FEW * len(doubtful) > len(explained):
+                return Case(variant)
+        tells = max(self.told[spec] for spec in explained) >= ENOUGH
+        if not tells and len(explained) < len(self.told):
+            return Case(variant)
+        return Case(variant, explained, backed - doubtful)
 
-    def best(self, explained: dict[Variant, set[str]], spec: str) -> Variant | None:
+    def best(self, cases: list[Case], spec: str) -> Variant | None:
         """The mistake that explains a spec and most others; None where two do."""
-        found = [v for v, specs in explained.items() if spec in specs]
-        for weight in (lambda v: len(explained[v]), self._n_agreeing):
+        found = [case for case in cases if spec in case.explained]
+        weights: list[Callable[[Case], int]] = [
+            lambda case: len(case.explained),
+            lambda case: len(case.backed),
+            lambda case: sum(self._agrees(case.variant, i) for i in self._order),
+        ]
+        for weight in weights:
             if len(found) > 1:
                 most = max(map(weight, found))
-                found = [v for v in found if weight(v) == most]
-        return found[0] if len(found) == 1 else None
+                found = [case for case in found if weight(case) == most]
+        return found[0].variant if len(found) == 1 else None
 
-    def _n_agreeing(self, variant: Variant) -> int:
-        return sum(self._agrees(variant, i) for i in range(len(self.record)))
+    def confirmed(self, variant: Variant, retried: list[Attempted]) -> bool:
+        """Whether a mistake does what the code does in what was tried after a failure, too.
 
-    def _shows(self, variant: Variant, i: int) -> bool:
-        """Whether the mistake changes anything in this attempt."""
-        return not self._alike(self._outcome(variant, i), self._outcome(None, i), i)
+        Those calls are in no atlas, so only a mistake that is about to be named is replayed.
+        """
+        return all(same(self.replay(variant, past), past.done) for past in retried[-RETRIED:])
 
     def _agrees(self, variant: Variant | None, i: int) -> bool:
-        return self._alike(self._outcome(variant, i), self.record[i].done, i)
-
-    def _alike(self, a: list[Done], b: list[Done], i: int) -> bool:
-        return same(a, b, self._in_failed(i))
-
-    def _in_failed(self, i: int) -> bool:
-        return self.record[i].spec in self._failed
+        return same(self._outcome(variant, i), self.record[i].done, self._is_failed[i])
 
     def _outcome(self, variant: Variant | None, i: int) -> list[Done]:
         if (variant, i) not in self._outcomes:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
-from kata.attempt.outcome import Attempted, Done, Problem
+import msgspec
+
+from kata.attempt.outcome import Attempted, Done, Job, Problem
 from kata.attempt.places import Place
 from kata.course import variants
 from kata.course.catalog import Exercise
 from kata.course.variants import Variant
-from kata.judge.atlas import Atlas, key_of, surroundings
+from kata.judge.atlas import Atlas, digest_of, surroundings
 from kata.judge.limits import OutOfTime, alarm
 
 TIMES, MORE = 5.0, 2.0  # a replay may take so many times what the attempt took, and these seconds
@@ -27,24 +30,25 @@ class Replays:
         self, exercise: Exercise, parts: Path, make_place: Callable[[Path], Place], keeps: bool
     ) -> None:
         self.exercise, self.make_place, self.keeps = exercise, make_place, keeps
-        self.atlas = Atlas(exercise.root / ".cache" / "kata" / "atlas.sqlite")
+        self.atlas = Atlas.of(exercise.root)
         self._files = [exercise.spec, *(parts / f"{stem}.py" for stem in exercise.parts)]
-        self._surroundings = b""
         self._versions: dict[Variant | None, tuple[Path, bytes]] = {}
         self._places: dict[Path, Place] = {}
 
     def __call__(self, variant: Variant | None, past: Attempted) -> list[Done]:
         path, source = self._version(variant)
-        key = self._key(source, past)
-        done = self.atlas.get(key)
-        if done is None:
+        if (done := self.known(source, past.job)) is None:
             done, certain = self._perform(path, past)
-            self.atlas.put(key, done, lasting=self.keeps and certain)
+            self.keep(source, past.job, done, lasting=self.keeps and certain)
         return done
 
-    def keep(self, source: bytes, past: Attempted) -> None:
-        """What the version with this source did, in a process of its own."""
-        self.atlas.put(self._key(source, past), past.done)
+    def known(self, source: bytes, job: Job) -> list[Done] | None:
+        """What the version with this source is known to do."""
+        data = self.atlas.get(self._key(source, job))
+        return msgspec.msgpack.decode(data, type=list[Done]) if data else None
+
+    def keep(self, source: bytes, job: Job, done: list[Done], lasting: bool = True) -> None:
+        self.atlas.put(self._key(source, job), msgspec.msgpack.encode(done), lasting)
 
     def _perform(self, path: Path, past: Attempted) -> tuple[list[Done], bool]:
         """What comes of it, and whether it always would.
@@ -68,6 +72,9 @@ class Replays:
             self._versions[variant] = path, path.read_bytes()
         return self._versions[variant]
 
-    def _key(self, source: bytes, past: Attempted) -> bytes:
-        self._surroundings = self._surroundings or surroundings(self._files)
-        return key_of(self._surroundings, source, past.job)
+    def _key(self, source: bytes, job: Job) -> bytes:
+        return digest_of(self.surroundings, source, job.run, job.call, job.seed, job.ranks)
+
+    @cached_property
+    def surroundings(self) -> bytes:
+        return surroundings(self._files)

@@ -117,6 +117,7 @@ class Judge:
         bench = self.bench(item.module)  # type: ignore[attr-defined]
         spec = SpecReport(item.name, report.outcome, call.duration)
         spec.output = report.capstdout[-OUTPUT_LIMIT:]
+        spec.limit = limit_of(item, self.option.time_limit)
         if report.skipped:
             spec.reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
             spec.reason = spec.reason.removeprefix("Skipped: ")
