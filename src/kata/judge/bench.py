@@ -121,10 +121,10 @@ class Bench:
         return first, retried
 
     def fill_atlas(self) -> None:
-        """Keep what this run did. The reference's calls are tried on all known mistakes too."""
+        """Keep what this run did, and what all known mistakes do in its attempts."""
         recall.keep_ways(self)
         self.replays.atlas.flush()
-        if self.path == self.exercise.solution and self.judge.option.fill_atlas == "mistakes":
+        if self.judge.option.fill_atlas == "mistakes":
             for variant in variants.load(self.exercise).mistake:
                 for past in self.record:
                     self.replays(variant, past)

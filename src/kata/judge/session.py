@@ -15,6 +15,7 @@ from kata.attempt.ranks import Launch, RankServer
 from kata.course import catalog
 from kata.judge.bench import Bench
 from kata.judge.detail import detail_of
+from kata.judge.junit import write_mistakes
 from kata.judge.limits import SETTING_UP, alarm, disarm, limit_of
 from kata.judge.report import Detail, Report, SpecReport, Starts
 
@@ -149,7 +150,7 @@ class Judge:
             self.tell(Starts("", 0.0))
 
     @pytest.hookimpl(tryfirst=True)
-    def pytest_sessionfinish(self) -> None:
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
         for bench in self.benches.values():
             start = time.perf_counter()
             bench.recognise()
@@ -157,14 +158,17 @@ class Judge:
                 bench.fill_atlas()
             bench.report.seconds += time.perf_counter() - start
             bench.close()
+        write_mistakes(session.config, self.reports)
         if self._rank_server and self._rank_server is not RankServer.current:
             self._rank_server.close()
         os.close(self._stderr)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         for report in self.reports:
-            for says in report.mistakes:
-                terminalreporter.write_line(f"{report.stem}: known mistake: {says}", yellow=True)
+            for spec in report.specs:
+                for says in spec.mistakes:
+                    line = f"{report.stem}: {spec.sentence}: known mistake: {says}"
+                    terminalreporter.write_line(line, yellow=True)
 
 
 JUDGE = pytest.StashKey[Judge]()
