@@ -219,13 +219,14 @@ def proof(
     numbers: Annotated[list[str] | None, typer.Argument(metavar="[EXERCISE]...")] = None,
     seed: Annotated[int, typer.Option(help="draw other inputs")] = 0,
     most: Annotated[int, typer.Option(help="mistakes (and right versions) of an exercise")] = 99,
+    fresh: Annotated[bool, typer.Option("--fresh", help="judge all, whatever is known")] = False,
 ) -> None:
     """For authors: show that the specs reject every mistake and accept every right version."""
     from kata.author import proof as proving
 
     folder = root()
     some = [catalog.find(folder, word) for word in numbers or ()]
-    status = proving.main(some or catalog.exercises(folder), seed, most)
+    status = proving.main(some or catalog.exercises(folder), seed, most, fresh)
     sys.stdout.flush()
     os._exit(status)  # an orderly exit has Triton's bindings complain of leaks
 

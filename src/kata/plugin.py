@@ -21,6 +21,7 @@ from kata.attempt import modules
 from kata.attempt.seam import Attempt
 from kata.attempt.warm import prepare_environment
 from kata.course import catalog
+from kata.judge.recall import Recall
 from kata.judge.session import JUDGE, Judge
 from kata.judge.submission import refusal
 from kata.learn.explain import plain
@@ -40,7 +41,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     option("--seed", "draw other inputs", type=int, default=0)
     option("--isolate", "run attempts in a worker process", action="store_true")
     option("--time-limit", "seconds for one spec, 0: none", type=float, default=-1.0)
-    option("--naming-limit", "seconds to find the known mistake", type=float, default=10.0)
+    kept = ("run", "mistakes")
+    option("--fill-atlas", "keep what this run did, or all known mistakes", choices=kept)
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
@@ -66,6 +68,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[JUDGE] = Judge(config)
     config.stash[JUDGE].explain = plain
     config.pluginmanager.register(config.stash[JUDGE], "kata-judge")
+    if config.option.fill_atlas:
+        config.pluginmanager.register(Recall(config.stash[JUDGE]), "kata-recall")
     config.pluginmanager.register(Recorder(config.stash[JUDGE]), "kata-recorder")
 
 

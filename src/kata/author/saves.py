@@ -21,7 +21,6 @@ from kata.judge.server import Request, WarmServer
 from kata.racing import NotMeasured
 
 PAUSE = 1.0  # seconds before a save: a learner types meanwhile, and the next child gets ready
-UNNAMED = ["--naming-limit", "0"]  # for those who want the first verdict alone
 PROMISED = 1.0  # seconds in all, for nine exercises of ten
 
 
@@ -120,7 +119,7 @@ def every_exercise(root: Path, times: int) -> list[Row]:
     for exercise in catalog.exercises(root):
         texts = right_and_wrong(exercise)
         try:
-            pair = saves(exercise, texts, max(3, times // 3), UNNAMED)
+            pair = saves(exercise, texts, max(3, times // 3), [])
         except NotMeasured as error:
             odd.append(Row(f"save to verdict, {exercise.number:02d}", "not measured", str(error)))
             continue

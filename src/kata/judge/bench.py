@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import ast
-import hashlib
-from contextlib import suppress
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import msgspec
+import pytest
 
 from kata.attempt import forbidden, modules
-from kata.attempt.outcome import Attempted, Done
+from kata.attempt.outcome import Attempted
 from kata.attempt.places import Here, Place
 from kata.attempt.seam import Attempt
-from kata.course import cache, catalog, variants
-from kata.course.variants import Variant
-from kata.judge import naming
+from kata.course import catalog, variants
+from kata.judge import naming, recall
 from kata.judge.detail import unreadable
+from kata.judge.replays import Replays
 from kata.judge.report import Detail, Report
 
 if TYPE_CHECKING:
     from kata.judge.session import Judge
-
-KEEP_FROM = 0.005  # seconds: a replay of an attempt that took longer is kept on disk
 
 
 class Bench:
@@ -37,17 +36,20 @@ class Bench:
         self.record: list[Attempted] = []
         self.report = Report(exercise.stem, str(self.path))
         self.looked = False  # whether the code has been read
-        self._places: dict[Path, Place] = {}
-        self._versions: dict[Variant | None, Path] = {None: exercise.solution}
+        self._first_failure: dict[str, int] = {}  # of a spec: the attempts made by then
         modules.use_parts(self.parts)
         forbidden.forbid(getattr(spec, "WITHOUT", ()))
         self.place = self._isolated() if judge.option.isolate else self._here(self.path)
+        # What is replayed beside code that may have changed the process is for this verdict alone.
+        fills = bool(judge.option.fill_atlas)
+        clean = fills or judge.option.isolate
+        self.replays = Replays(exercise, self.parts, self._here, keeps=clean)
+        if fills and self.path.exists():
+            self.place = recall.Recalled(self.place, self.replays, self.path.read_bytes())
         self.attempt = Attempt(self.place, self.record, f"{judge.option.seed} {exercise.stem}")
 
     def _here(self, path: Path) -> Place:
-        if path not in self._places:
-            self._places[path] = Here(self.spec, path, self.parts, self.judge.launch)
-        return self._places[path]
+        return Here(self.spec, path, self.parts, self.judge.launch)
 
     def _isolated(self) -> Place:
         from kata.attempt.worker import Worker
@@ -66,45 +68,73 @@ class Bench:
             detail = unreadable(problem, self.path, self.exercise.root)
         self.report.error = detail
 
-    def replay(self, variant: Variant | None, past: Attempted) -> list[Done]:
-        """The same attempt on a known mistake, or on the reference."""
-        if variant not in self._versions:
-            self._versions[variant] = variants.write(self.exercise, variant)  # type: ignore[arg-type]
-        path = self._versions[variant]
-        if max(done.seconds for done in past.done) > KEEP_FROM or past.job.ranks:
-            return self._kept(path, past)
-        return self._here(path).perform(past.job)
+    @contextmanager
+    def noting_first_failure(self, item: pytest.Item) -> Iterator[None]:
+        """While a spec runs: where Hypothesis tries on after a failure, note how far it had come.
 
-    def _kept(self, path: Path, past: Attempted) -> list[Done]:
-        """From disk, if it was there before: a known mistake does the same every time."""
-        digest = hashlib.sha256(msgspec.msgpack.encode(past.job))
-        for source in (path, self.exercise.spec, *sorted(self.parts.glob("ex*.py"))):
-            digest.update(source.read_bytes())
-        kept = cache.folder(self.exercise.root, "replays") / digest.hexdigest()[:24]
-        if kept.exists():
-            return msgspec.msgpack.decode(kept.read_bytes(), type=list[Done])
-        done = self._here(path).perform(past.job)
-        with suppress(OSError):  # no room: it is replayed again next time
-            cache.write(kept, msgspec.msgpack.encode(done))
-        return done
+        What it tries on its way to a smaller example is another call each time, in no atlas.
+        """
+        handle = getattr(getattr(item, "obj", None), "hypothesis", None)
+        if handle is None:
+            yield
+            return
+        inner = handle.inner_test
+
+        @functools.wraps(inner)
+        def noting(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return inner(*args, **kwargs)
+            except BaseException as error:
+                if not type(error).__module__.startswith("hypothesis"):  # an assumption, or its end
+                    self._first_failure.setdefault(item.name, len(self.record))
+                raise
+
+        handle.inner_test = noting
+        try:
+            yield
+        finally:
+            handle.inner_test = inner
 
     def recognise(self) -> None:
-        """Name the known mistake that explains the failures, if there is one."""
-        report = self.report
-        failed = [spec.name for spec in report.specs if spec.status == "failed"]
-        limit = self.judge.option.naming_limit
-        if failed and limit > 0 and not report.count("unwritten"):
-            forbidden.forbid(getattr(self.spec, "WITHOUT", ()))  # other specs may have come since
-            known = variants.load(self.exercise).mistake
-            try:
-                found = naming.recognise(known, self.record, failed, self.replay, limit)
-            except OSError:  # no room to write a known mistake down
-                found = []
-            for spec in report.specs:
-                if spec.status == "failed":
-                    spec.mistakes = [variant.says for variant in found]
+        """Name the known mistakes that explain what failed."""
+        status = {spec.name: spec.status for spec in self.report.specs}
+        failed = [
+            spec.name
+            for spec in self.report.specs
+            if spec.status == "failed" and not (spec.detail and spec.detail.kind == "time")
+        ]
+        judged = {name for name, how in status.items() if how == "passed"}.union(failed)
+        if not failed:
+            return
+        forbidden.forbid(getattr(self.spec, "WITHOUT", ()))  # other specs may have come since
+        record, retried = self._first_and_retried()
+        record = [past for past in record if past.spec in judged]
+        known = variants.load(self.exercise).mistake
+        found = naming.explain(known, record, failed, self.replays, retried)
+        for spec in self.report.specs:
+            if spec.name in found:
+                spec.mistakes = [found[spec.name].says]
+
+    def _first_and_retried(self) -> tuple[list[Attempted], list[Attempted]]:
+        """The attempts up to the first failure of each spec, and those after it."""
+        first: list[Attempted] = []
+        retried: list[Attempted] = []
+        for i, past in enumerate(self.record):
+            (first if i < self._first_failure.get(past.spec, i + 1) else retried).append(past)
+        return first, retried
+
+    def fill_atlas(self) -> None:
+        """Keep what this run did, and what all known mistakes do in its attempts."""
+        recall.keep_ways(self)
+        self.replays.atlas.flush()
+        if self.judge.option.fill_atlas == "mistakes":
+            for variant in variants.load(self.exercise).mistake:
+                for past in self.record:
+                    self.replays(variant, past)
+                self.replays.atlas.flush()
 
     def close(self) -> None:
+        self.replays.atlas.flush()
         self.place.close()
 
 

@@ -49,6 +49,12 @@ class Request(msgspec.Struct):
     def exercise(self) -> Exercise:
         return Exercise(Path(self.root), self.stem)
 
+    @property
+    def filling(self) -> Request:
+        """The request that fills the atlas, so that what fails in this one is named at once."""
+        more = ["-m", "not weights and not train", "--fill-atlas", "mistakes"]
+        return Request(self.root, self.stem, str(self.exercise.solution), [*self.options, *more])
+
 
 def judge(request: Request, client: Connection | None = None) -> Report:
     """Run the specs of one exercise in this process.

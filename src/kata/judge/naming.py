@@ -1,84 +1,141 @@
-"""Names a mistake: a known one that gives what the learner's code gave."""
+"""Names a mistake: the known one that explains why a spec failed.
+
+A false name costs a learner an evening, no name costs nothing. So a known mistake explains a failed
+spec only if
+
+- in every attempt of that spec it does what the learner's code does, and in one of them the
+  reference does something else;
+- nothing speaks against it: in no spec that ran is the learner's code right where the mistake is
+  wrong, and hardly anywhere does it do a third thing there;
+- the agreement tells something: results agree in numbers of many digits that the reference does not
+  have. Tokens, truth values, shapes and errors are what many faults share. They tell something
+  only if the mistake explains every spec that failed;
+- no other known mistake explains it as well.
+
+The rule holds for each spec by itself, so two faults may have two names.
+"""
 
 from __future__ import annotations
 
-import re
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
-from kata.attempt import wire
-from kata.attempt.outcome import Attempted, Done, gravest
+from kata.attempt.outcome import Attempted, Done
 from kata.course.variants import Variant
-from kata.testing import compare
+from kata.judge.likeness import Stance, same, stance, telling
 
-VARYING = re.compile(r"\S*/\S*|\d+")  # of an error's message: paths and numbers
+ENOUGH = 3.0  # different numbers of many digits that tell one fault from others
+FEW = 4  # failed specs that a mistake must explain for each in which a third thing comes out
+RETRIED = 20  # of the attempts after a failure
+SLOW = 0.5  # seconds: such an attempt is replayed when all others speak for a mistake
 Replay = Callable[["Variant | None", Attempted], list[Done]]
 
 
-def recognise(
-    variants: Iterable[Variant],
+@dataclass
+class Case:
+    """The failed specs that a mistake explains, and those in which it does so in part."""
+
+    variant: Variant
+    explained: set[str] = field(default_factory=set)
+    backed: set[str] = field(default_factory=set)
+
+
+def explain(
+    known: Sequence[Variant],
     record: list[Attempted],
     failed: list[str],
     replay: Replay,
-    seconds: float = 10.0,
-) -> list[Variant]:
-    """The known mistakes that give what the learner's code gave.
+    retried: Sequence[Attempted] = (),
+) -> dict[str, Variant]:
+    """The known mistake that explains a failed spec, by spec.
 
-    A mistake is it if it gives the same results in every attempt of the run, where the reference
-    does not; failing that, in every attempt of a failed spec: of several such the ones that agree
-    with most attempts of the run. `replay(None, …)` is the reference.
-    Gives up, with nothing, after `seconds`.
+    `record` has the attempts of the specs that passed or failed, in their order, and `retried`
+    those that Hypothesis made on its way from a failure to a smaller one. `replay` gives what comes
+    of an attempt on a mistake, or on the reference (None).
     """
-    end = time.monotonic() + seconds
-    done: dict[tuple[Variant | None, int], bool] = {}
-
-    def agrees(variant: Variant | None, which: list[int]) -> bool:
-        for i in which:
-            if (variant, i) not in done:
-                if time.monotonic() > end:
-                    raise TimeoutError
-                done[variant, i] = same(
-                    replay(variant, record[i]), record[i].done, record[i].spec in failed
-                )
-            if not done[variant, i]:
-                return False
-        return True
-
-    last = {past.spec: i for i, past in enumerate(record)}  # of a failed spec: what it fell over
-
-    def cost(i: int) -> tuple[bool, bool, float]:
-        spec = record[i].spec
-        return spec not in failed, i != last[spec], max(d.seconds for d in record[i].done)
-
-    every = sorted(range(len(record)), key=cost)
-    variants = list(variants)
-    try:
-        differs = every and not agrees(None, every)
-        if differs and (found := [v for v in variants if agrees(v, every)]):
-            return found
-        specs = [[i for i in every if record[i].spec == name] for name in failed]
-        specs = [spec for spec in specs if spec and not agrees(None, spec)]
-        likely = [v for v in variants if any(agrees(v, spec) for spec in specs)]
-        agreeing = {v: sum(agrees(v, [i]) for i in every) for v in likely}
-        return [v for v in likely if agreeing[v] == max(agreeing.values())]
-    except TimeoutError:
-        return []
+    run = _Run(record, failed, replay)
+    cases = [run.case(variant) for variant in known] if run.told else []
+    found = {}
+    for spec in run.told:
+        best = run.best(cases, spec)
+        if best and run.confirmed(best, [past for past in retried if past.spec == spec]):
+            found[spec] = best
+    return found
 
 
-def same(a: list[Done], b: list[Done], in_failed: bool = True) -> bool:
-    """Whether two outcomes are alike: the same kind of error, or results equal up to rounding.
+class _Run:
+    """What the learner's code did, beside what others do in the same attempts."""
 
-    In a failed spec the errors must say the same too, numbers and paths aside. In one that passed
-    the error was asked for, and everybody has words of their own.
-    """
-    if len(a) != len(b):
-        return False
-    if (p := gravest(a)) and (q := gravest(b)):  # the other ranks may have been anywhere by then
-        said = [VARYING.sub("", problem.message) for problem in (p, q)]
-        return p.types[0] == q.types[0] and (not in_failed or said[0] == said[1])
-    for x, y in zip(a, b, strict=True):
-        if x.problem or y.problem or x.changed != y.changed:
-            return False
-        if compare(wire.decode(x.result), wire.decode(y.result), slack=10.0):
-            return False
-    return True
+    def __init__(self, record: list[Attempted], failed: list[str], replay: Replay) -> None:
+        self.record, self.replay = record, replay
+        self._outcomes: dict[tuple[Variant | None, int], list[Done]] = {}
+        self._is_failed = [past.spec in failed for past in record]
+        self.told: dict[str, float] = {}  # by failed spec, where attempts show why
+        for i, past in enumerate(record):
+            if self._is_failed[i] and not self._agrees(None, i):
+                told = telling(past.done, self._outcome(None, i))
+                self.told[past.spec] = max(told, self.told.get(past.spec, 0.0))
+        last = {past.spec: i for i, past in enumerate(record)}  # what a spec fell over
+        self._order = sorted(
+            range(len(record)),
+            key=lambda i: (
+                _seconds(record[i]) > SLOW,
+                i != last[record[i].spec] or not self._is_failed[i],
+                _seconds(record[i]),
+            ),
+        )
+
+    def case(self, variant: Variant) -> Case:
+        """What speaks for a mistake; an empty case where anything speaks against it."""
+        explained = set(self.told)
+        backed: set[str] = set()
+        doubtful: set[str] = set()
+        for i in self._order:
+            if self._agrees(variant, i):
+                continue
+            spec = self.record[i].spec
+            explained.discard(spec)
+            says = stance(self._outcome(variant, i), self.record[i].done, self._outcome(None, i))
+            if says is Stance.AGAINST:
+                return Case(variant)
+            if self._is_failed[i] and says is not Stance.NOTHING:
+                (doubtful if says is Stance.DOUBT else backed).add(spec)
+            if not explained or FEW * len(doubtful) > len(explained):
+                return Case(variant)
+        tells = max(self.told[spec] for spec in explained) >= ENOUGH
+        if not tells and len(explained) < len(self.told):
+            return Case(variant)
+        return Case(variant, explained, backed - doubtful)
+
+    def best(self, cases: list[Case], spec: str) -> Variant | None:
+        """The mistake that explains a spec and most others; None where two do."""
+        found = [case for case in cases if spec in case.explained]
+        weights: list[Callable[[Case], int]] = [
+            lambda case: len(case.explained),
+            lambda case: len(case.backed),
+            lambda case: sum(self._agrees(case.variant, i) for i in self._order),
+        ]
+        for weight in weights:
+            if len(found) > 1:
+                most = max(map(weight, found))
+                found = [case for case in found if weight(case) == most]
+        return found[0].variant if len(found) == 1 else None
+
+    def confirmed(self, variant: Variant, retried: list[Attempted]) -> bool:
+        """Whether a mistake does what the code does in what was tried after a failure, too.
+
+        Those calls are in no atlas, so only a mistake that is about to be named is replayed.
+        """
+        return all(same(self.replay(variant, past), past.done) for past in retried[-RETRIED:])
+
+    def _agrees(self, variant: Variant | None, i: int) -> bool:
+        return same(self._outcome(variant, i), self.record[i].done, self._is_failed[i])
+
+    def _outcome(self, variant: Variant | None, i: int) -> list[Done]:
+        if (variant, i) not in self._outcomes:
+            self._outcomes[variant, i] = self.replay(variant, self.record[i])
+        return self._outcomes[variant, i]
+
+
+def _seconds(past: Attempted) -> float:
+    return max(done.seconds for done in past.done)

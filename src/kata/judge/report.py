@@ -48,6 +48,7 @@ class SpecReport(msgspec.Struct, tag=True):
     detail: Detail | None = None
     reason: str = ""  # of a skip
     output: str = ""  # what the code printed
+    limit: float = 0.0  # seconds that it may take; 0: any
     mistakes: list[str] = []  # the known ones that explain this failure
 
     @property

@@ -16,6 +16,7 @@ from kata.course import cache, catalog
 from kata.judge import absent
 from kata.judge.bench import Bench
 from kata.judge.detail import detail_of
+from kata.judge.junit import write_mistakes
 from kata.judge.limits import SETTING_UP, alarm, disarm, limit_of
 from kata.judge.report import Detail, Report, SpecReport, Starts
 
@@ -104,7 +105,8 @@ class Judge:
         bench, limit = self.bench(item.module), limit_of(item, self.option.time_limit)  # type: ignore[attr-defined]
         if self.tell:
             self.tell(Starts(item.name, limit))
-        with alarm(limit, bench.place.computed, None if self.tell else self._stderr):
+        stderr = None if self.tell else self._stderr
+        with alarm(limit, bench.place.computed, stderr), bench.noting_first_failure(item):
             bench.look()
             if bench.report.error:
                 pytest.fail(bench.report.error.message, pytrace=False)
@@ -123,6 +125,7 @@ class Judge:
             del report.wasxfail
         spec = SpecReport(item.name, report.outcome, call.duration)
         spec.output = report.capstdout[-OUTPUT_LIMIT:]
+        spec.limit = limit_of(item, self.option.time_limit)
         if report.skipped:
             spec.reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else ""
             spec.reason = spec.reason.removeprefix("Skipped: ")
@@ -154,20 +157,25 @@ class Judge:
             self.tell(Starts("", 0.0))
 
     @pytest.hookimpl(tryfirst=True)
-    def pytest_sessionfinish(self) -> None:
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
         for bench in self.benches.values():
             start = time.perf_counter()
             bench.recognise()
+            if self.option.fill_atlas:
+                bench.fill_atlas()
             bench.report.seconds += time.perf_counter() - start
             bench.close()
+        write_mistakes(session.config, self.reports)
         if self._rank_server and self._rank_server is not RankServer.current:
             self._rank_server.close()
         os.close(self._stderr)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         for report in self.reports:
-            for says in report.mistakes:
-                terminalreporter.write_line(f"{report.stem}: known mistake: {says}", yellow=True)
+            for spec in report.specs:
+                for says in spec.mistakes:
+                    line = f"{report.stem}: {spec.sentence}: known mistake: {says}"
+                    terminalreporter.write_line(line, yellow=True)
 
 
 JUDGE = pytest.StashKey[Judge]()

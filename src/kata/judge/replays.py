@@ -1,0 +1,80 @@
+"""What known versions do in an attempt: looked up in the atlas, or done now."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+
+import msgspec
+
+from kata.attempt.outcome import Attempted, Done, Job, Problem
+from kata.attempt.places import Place
+from kata.course import variants
+from kata.course.catalog import Exercise
+from kata.course.variants import Variant
+from kata.judge.atlas import Atlas, digest_of, surroundings
+from kata.judge.limits import OutOfTime, alarm
+
+TIMES, MORE = 5.0, 2.0  # a replay may take so many times what the attempt took, and these seconds
+
+
+class Replays:
+    """Call it with a known mistake, or None for the reference, and an attempt.
+
+    `keeps`: what is done here is kept for other runs. `make_place` gives where a version runs.
+    """
+
+    def __init__(
+        self, exercise: Exercise, parts: Path, make_place: Callable[[Path], Place], keeps: bool
+    ) -> None:
+        self.exercise, self.make_place, self.keeps = exercise, make_place, keeps
+        self.atlas = Atlas.of(exercise.root)
+        self._files = [exercise.spec, *(parts / f"{stem}.py" for stem in exercise.parts)]
+        self._versions: dict[Variant | None, tuple[Path, bytes]] = {}
+        self._places: dict[Path, Place] = {}
+
+    def __call__(self, variant: Variant | None, past: Attempted) -> list[Done]:
+        path, source = self._version(variant)
+        if (done := self.known(source, past.job)) is None:
+            done, certain = self._perform(path, past)
+            self.keep(source, past.job, done, lasting=self.keeps and certain)
+        return done
+
+    def known(self, source: bytes, job: Job) -> list[Done] | None:
+        """What the version with this source is known to do."""
+        data = self.atlas.get(self._key(source, job))
+        return msgspec.msgpack.decode(data, type=list[Done]) if data else None
+
+    def keep(self, source: bytes, job: Job, done: list[Done], lasting: bool = True) -> None:
+        self.atlas.put(self._key(source, job), msgspec.msgpack.encode(done), lasting)
+
+    def _perform(self, path: Path, past: Attempted) -> tuple[list[Done], bool]:
+        """What comes of it, and whether it always would.
+
+        A mistake may go on for ever. Where the machine had other things to do that is not certain.
+        """
+        if path not in self._places:
+            self._places[path] = self.make_place(path)
+        limit = TIMES * max(done.seconds for done in past.done) + MORE
+        start = time.process_time()
+        try:
+            with alarm(limit):
+                return self._places[path].perform(past.job), True
+        except OutOfTime as error:
+            busy = time.process_time() - start
+            return [Done(problem=Problem(["OutOfTime"], str(error)))], busy > limit / 2
+
+    def _version(self, variant: Variant | None) -> tuple[Path, bytes]:
+        if variant not in self._versions:
+            path = variants.write(self.exercise, variant) if variant else self.exercise.solution
+            self._versions[variant] = path, path.read_bytes()
+        return self._versions[variant]
+
+    def _key(self, source: bytes, job: Job) -> bytes:
+        return digest_of(self.surroundings, source, job.run, job.call, job.seed, job.ranks)
+
+    @cached_property
+    def surroundings(self) -> bytes:
+        return surroundings(self._files)
