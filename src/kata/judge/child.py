@@ -136,6 +136,8 @@ class Child:
         tempfile.tempdir = os.environ["TMPDIR"] = str(self._scratch.path)
         if not self.foreground:
             os.setpgid(0, 0)
+            if "--fill-atlas" in self.request.options:
+                os.nice(10)  # nobody waits for it
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         with silence(not self.foreground):
             if ahead and "multiprocess" not in self.request.exercise.suites:

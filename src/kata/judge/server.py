@@ -99,42 +99,95 @@ class WarmServer:
             self.connection.send_bytes(msgspec.msgpack.encode(message))
 
 
+class _Server:
+    """Three children: one that waits for the next save, one that judges, one that fills the atlas.
+
+    The atlas is filled while nobody waits for a verdict, so that a mistake has its name at once.
+    """
+
+    def __init__(self, client: Connection) -> None:
+        self.client = client
+        self.spare: Child | None = None
+        self.running: Child | None = None
+        self.filling: Child | None = None
+        self.request: Request | None = None  # the last one
+        self._filled: set[str] = set()
+
+    def step(self) -> None:
+        """Wait for whatever comes next."""
+        busy = [child for child in (self.running, self.filling) if child]
+        limits = [child.left for child in busy if child.left is not None]
+        sources = [self.client, *(child.connection for child in busy)]
+        ready = wait(sources, timeout=min(limits, default=None))
+        if self.client in ready:
+            what, request = msgspec.msgpack.decode(
+                self.client.recv_bytes(), type=tuple[str, Request]
+            )
+            self._take(what, request)
+            return
+        if self.running:
+            self._hear(self.running)
+        if self.filling and _is_last(self.filling.receive(0.0)):
+            self._filled.add(self.filling.request.stem)
+            self.filling = None
+        if not self.running:
+            self._be_idle()
+
+    def _take(self, what: str, request: Request) -> None:
+        _end(self.running)
+        _end(self.filling)
+        self.running = self.filling = None
+        if self.spare and not self.spare.fits(request):
+            _end(self.spare)
+            self.spare = None
+        self.request = request
+        if what == "prepare":
+            import_all(outside(request.exercise))
+            self.spare = self.spare or Child(request, ahead=True)
+        else:
+            self.running, self.spare = self.spare or Child(request), None
+            self.running.start()
+
+    def _hear(self, running: Child) -> None:
+        message = running.receive(0.0)
+        if isinstance(message, (Starts, Report)):
+            self.client.send_bytes(msgspec.msgpack.encode(message))
+        if _is_last(message):
+            self.running = None
+
+    def _be_idle(self) -> None:
+        if self.request is None:
+            return
+        self.spare = self.spare or Child(self.request, ahead=True)
+        if self.filling is None and self.request.stem not in self._filled:
+            self.filling = Child(self.request.filling)
+            self.filling.start()
+
+    def close(self) -> None:
+        for child in (self.spare, self.running, self.filling):
+            _end(child)
+
+
+def _is_last(message: object) -> bool:
+    return isinstance(message, Report) and not message.naming
+
+
+def _end(child: Child | None) -> None:
+    if child:
+        child.end()
+
+
 def serve(client: Connection) -> None:
-    """The server's loop; ends when the client closes its side."""
+    """The server's life; ends when the client closes its side."""
     warm()
-    spare: Child | None = None
-    running: Child | None = None
+    server = _Server(client)
     try:
         while True:
-            sources = [client, *([running.connection] if running else [])]
-            ready = wait(sources, timeout=running.left if running else None)
-            if running and client not in ready:
-                message = running.receive(0.0)
-                if isinstance(message, (Starts, Report)):
-                    client.send_bytes(msgspec.msgpack.encode(message))
-                if isinstance(message, Report) and not message.naming:
-                    request, running = running.request, None
-                    spare = spare or Child(request, ahead=True)
-                continue
-            what, request = msgspec.msgpack.decode(client.recv_bytes(), type=tuple[str, Request])
-            if running:
-                running.end()
-                running = None
-            if spare and not spare.fits(request):
-                spare.end()
-                spare = None
-            if what == "prepare":
-                import_all(outside(request.exercise))
-                spare = spare or Child(request, ahead=True)
-            else:
-                running, spare = spare or Child(request), None
-                running.start()
+            server.step()
     except (EOFError, OSError):
         pass
     finally:
-        for child in (spare, running):
-            if child:
-                child.end()
+        server.close()
 
 
 if __name__ == "__main__":
