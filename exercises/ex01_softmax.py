@@ -29,8 +29,10 @@ def softmax(x: np.ndarray, axis: int = -1) -> np.ndarray:
     array([0. , 0. , 0.5, 0.5])
 
     A score may be −inf, which gets the weight 0, but not all of them along the axis.
-    An axis of length 0 raises ValueError: there is nothing to share the one among.
-    (NumPy's `max` raises it for you.) x itself stays as it is.
+    Any number of scores, of any size, gives right weights: in float16 the sum of 70,000 ones
+    would be inf, and a difference of whole numbers may wrap around in int64, so work in
+    float64 and round at the end. An axis of length 0 raises ValueError: there is nothing to
+    share the one among. (NumPy's `max` raises it for you.) x itself stays as it is.
     """
     raise NotImplementedError("exercise 01 is not written yet")
 
@@ -45,7 +47,7 @@ def logsumexp(x: np.ndarray, axis: int = -1) -> np.ndarray:
     >>> logsumexp(np.array([[0.0, 0.0], [1000.0, 1000.0]]), axis=0)
     array([1000., 1000.])
 
-    Scores may be −inf, as in softmax.
+    Scores may be −inf, and as many and as large, as in softmax.
     """
     raise NotImplementedError("exercise 01 is not written yet")
 

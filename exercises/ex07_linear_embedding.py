@@ -85,7 +85,8 @@ def dropout(x: np.ndarray, p: float, rng: np.random.Generator, training: bool = 
     returns: same shape and dtype as x. In training each element is 0 or x / (1 − p), so that
              its mean over many draws is x. Every element at every call has its own draw.
 
-    Without training, x comes out as it is, and nothing is drawn from rng. A p below 0, or
-    of 1 or more, raises ValueError, and the message holds p.
+    A dropped element is 0 whatever it was, inf and NaN too. Without training, x comes out as
+    it is, and nothing is drawn from rng. A p below 0, or of 1 or more, raises ValueError, in
+    training and without, and the message holds p.
     """
     raise NotImplementedError("exercise 07 is not written yet")

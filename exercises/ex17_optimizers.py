@@ -35,7 +35,9 @@ class Optimizer:
     options:      what holds for a group that says nothing else
     param_groups: list of dicts, each with "params" and all options. A schedule may change
                   an option between two steps, and the next step goes by the new one
-    state:        one dict for each parameter, which update fills as it likes
+    state:        one dict for each parameter, which update fills as it likes. All that an
+                  optimizer remembers stands there and in param_groups, and nowhere else:
+                  state_dict, which is given, writes those two down
     """
 
     def __init__(self, params: Iterable[Any], **options: Any) -> None:
@@ -62,6 +64,27 @@ class Optimizer:
     ) -> None:
         """Move one parameter, in place. `step` calls it; each optimizer writes its own."""
         raise NotImplementedError(f"{type(self).__name__} has no update")
+
+    # Given: what a training run writes to disk (exercise 19), and how it goes on from there.
+
+    def state_dict(self) -> dict[str, Any]:
+        params = [p for group in self.param_groups for p in group["params"]]
+        return {
+            "state": {i: dict(self.state[p]) for i, p in enumerate(params) if p in self.state},
+            "options": [{k: g[k] for k in g if k != "params"} for g in self.param_groups],
+        }
+
+    def load_state_dict(self, kept: dict[str, Any]) -> None:
+        params = [p for group in self.param_groups for p in group["params"]]
+        self.state.clear()
+        for i, state in kept["state"].items():
+            # Copies: what is loaded may be loaded again.
+            self.state[params[i]] = {
+                k: v.to(params[i].device, copy=True) if isinstance(v, Tensor) else v
+                for k, v in state.items()
+            }
+        for group, options in zip(self.param_groups, kept["options"], strict=True):
+            group.update(options)
 
 
 class SGD(Optimizer):

@@ -52,6 +52,7 @@ def clip_grad_norm(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     The norm is summed up in that dtype: the square of 300 is more than float16 holds. Each
     gradient keeps its own dtype. Without any gradient the norm is 0. A norm that is inf or
     NaN raises RuntimeError and leaves the gradients as they were: a factor made from it would
-    spread NaN to all of them.
+    spread NaN to all of them. A finite norm beyond 1e19, whose square no float32 holds, may
+    be refused in the same way: such a step is lost in any case.
     """
     raise NotImplementedError("exercise 18 is not written yet")

@@ -101,7 +101,8 @@ class Trainer:
     """Trains a model, and can be stopped and gone on with at any step.
 
     model:       gives logits (batch, ..., n_classes) for x
-    optimizer:   one of torch.optim, or one like them
+    optimizer:   one of torch.optim, or one like them, such as those of exercise 17: it has
+                 param_groups, step, zero_grad, state_dict and load_state_dict
     train:       next(train) gives x (batch, ...) and y (batch, ...) int64, where −100 is no
                  target; has state_dict and load_state_dict
     eval_sets:   by name ("train", "val"), x and y of the examples that estimate_loss uses
@@ -163,8 +164,9 @@ class Trainer:
     def estimate_loss(self) -> dict[str, float]:
         """Give the mean loss over all targets of each of eval_sets, in eval mode.
 
-        Nothing is kept for backward, and nothing else changes: the model is in the mode that
-        it was in, and the run goes on as if nobody had asked.
+        Nothing is kept for backward, and nothing else changes: the model and each module in
+        it is in the mode that it was in, even after an error, and the run goes on as if
+        nobody had asked.
         """
         raise NotImplementedError("exercise 19 is not written yet")
 

@@ -29,14 +29,17 @@ def softmax(x: np.ndarray, axis: int = -1) -> np.ndarray:
     array([0. , 0. , 0.5, 0.5])
 
     A score may be −inf, which gets the weight 0, but not all of them along the axis.
-    An axis of length 0 raises ValueError: there is nothing to share the one among.
-    (NumPy's `max` raises it for you.) x itself stays as it is.
+    Any number of scores, of any size, gives right weights: in float16 the sum of 70,000 ones
+    would be inf, and a difference of whole numbers may wrap around in int64, so work in
+    float64 and round at the end. An axis of length 0 raises ValueError: there is nothing to
+    share the one among. (NumPy's `max` raises it for you.) x itself stays as it is.
     """
     # solution
     # Subtracting one number from all scores changes no weight, since exp(x − c) is
     # exp(x) / exp(c). With the largest one at 0, exp cannot overflow.
-    shares = np.exp(x - x.max(axis=axis, keepdims=True))
-    return shares / shares.sum(axis=axis, keepdims=True)
+    wide = x.astype(np.float64)
+    shares = np.exp(wide - wide.max(axis=axis, keepdims=True))
+    return (shares / shares.sum(axis=axis, keepdims=True)).astype(_result(x))
 
 
 def logsumexp(x: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -49,12 +52,13 @@ def logsumexp(x: np.ndarray, axis: int = -1) -> np.ndarray:
     >>> logsumexp(np.array([[0.0, 0.0], [1000.0, 1000.0]]), axis=0)
     array([1000., 1000.])
 
-    Scores may be −inf, as in softmax.
+    Scores may be −inf, and as many and as large, as in softmax.
     """
     # solution
-    largest = x.max(axis=axis, keepdims=True)
-    total = np.exp(x - largest).sum(axis=axis, keepdims=True)  # 1 or more: log is safe
-    return (largest + np.log(total)).squeeze(axis)
+    wide = x.astype(np.float64)
+    largest = wide.max(axis=axis, keepdims=True)
+    total = np.exp(wide - largest).sum(axis=axis, keepdims=True)  # 1 or more: log is safe
+    return (largest + np.log(total)).squeeze(axis).astype(_result(x))
 
 
 def log_softmax(x: np.ndarray, axis: int = -1) -> np.ndarray:
@@ -70,5 +74,11 @@ def log_softmax(x: np.ndarray, axis: int = -1) -> np.ndarray:
     A score of −inf stays −inf.
     """
     # solution
-    shifted = x - x.max(axis=axis, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=axis, keepdims=True))
+    wide = x.astype(np.float64)
+    shifted = wide - wide.max(axis=axis, keepdims=True)
+    total = np.exp(shifted).sum(axis=axis, keepdims=True)
+    return (shifted - np.log(total)).astype(_result(x))
+
+
+def _result(x: np.ndarray) -> np.dtype:
+    return x.dtype if x.dtype.kind == "f" else np.dtype(np.float64)

@@ -38,10 +38,11 @@ def cross_entropy(
     >>> float(cross_entropy(np.zeros((2, 3, 8)), np.ones((2, 3), int)))  # log 8
     2.0794415416798357
 
-    Logits of any size give exact losses. A position that doesn't count has no part in the
-    sum or in what the sum is divided by, whatever its logits are, NaN too. At least one
-    position counts. A target that is neither ignore_index nor in 0 … vocab_size − 1 raises
-    IndexError, and the message holds that target.
+    Logits of any size give exact losses. Without smoothing a logit may be −inf: that word
+    cannot come, which costs nothing where it isn't the truth, and inf where it is. A position
+    that doesn't count has no part in the sum or in what the sum is divided by, whatever its
+    logits are, NaN too. At least one position counts. A target that is neither ignore_index
+    nor in 0 … vocab_size − 1 raises IndexError, and the message holds that target.
     """
     # solution
     counts = targets != ignore_index
@@ -58,6 +59,7 @@ def cross_entropy(
     shifted = logits - logits.max(axis=-1, keepdims=True)
     log_probs = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     truth = log_probs[np.arange(len(targets)), targets]  # (n,)
-    anyone = log_probs.mean(axis=-1)
-    losses = -(1 - label_smoothing) * truth - label_smoothing * anyone
+    losses = -(1 - label_smoothing) * truth
+    if label_smoothing > 0:  # 0 times −inf would be NaN
+        losses = losses - label_smoothing * log_probs.mean(axis=-1)
     return losses.mean()

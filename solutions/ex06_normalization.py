@@ -24,16 +24,16 @@ def layer_norm(
 ) -> np.ndarray:
     """Give each vector mean 0 and variance 1, then scale and shift its features.
 
-    x:       (..., d_model) float16, float32 or float64
+    x:       (..., d_model) float16, float32 or float64; d_model is 1 or more
     weight:  (d_model,) floating, one factor for each feature
     bias:    (d_model,) floating, added to each feature last
     eps:     added to the variance, under the root
     returns: same shape and dtype as x
 
-    A float16 x is computed on in float32 and rounded at the end: the square of 300 is too
-    large for float16. Features may lie close together and far from 0, such as 10⁶ and
-    10⁶ + 1. A weight or bias of another shape raises ValueError, which gives that shape,
-    even if it would broadcast.
+    A float16 x is computed on in float32 and rounded once, at the end: the square of 300 is
+    too large for float16. weight and bias may have another dtype than x. Features may
+    lie close together and far from 0, such as 10⁶ and 10⁶ + 1. A weight or bias of another
+    shape raises ValueError, which gives that shape, even if it would broadcast.
     """
     # solution
     _check_shape(weight, x.shape[-1], "weight")

@@ -50,11 +50,19 @@ def update(state: State, scores: np.ndarray, values: np.ndarray) -> State:
     values:  (..., n_keys, value_dim) floating
     returns: a new state, float64 whatever the block is; the old one stays as it was
 
-    A score may be −inf: that key is hidden and counts for nothing. All scores of a block, or
-    all that a query has met so far, may be so, and a block may have no keys at all. Unequal
-    numbers of scores and values raise ValueError with both. (NumPy's `@` raises it for you.)
+    A score may be −inf: that key is hidden from the query and counts for nothing. All scores
+    of a block, or all that a query has met so far, may be so, and a block may have no keys at
+    all. A key that is hidden from every query may have any value, NaN and ±inf too, since
+    padding does; the values of all others are finite. Unequal numbers of scores and values
+    raise ValueError with both numbers.
     """
     # solution
+    if scores.shape[-1] != values.shape[-2]:
+        raise ValueError(f"got {scores.shape[-1]} scores and {values.shape[-2]} values")
+    # A share of 0 is not enough: 0 · NaN is NaN.
+    seen = (scores > -np.inf).any(axis=-2)  # (..., n_keys)
+    values = np.where(seen[..., None], values, 0)
+
     largest = np.maximum(state.largest, scores.max(axis=-1, initial=-np.inf))
     base = _finite(largest)
     rescale = np.exp(state.largest - base)

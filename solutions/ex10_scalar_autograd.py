@@ -120,6 +120,9 @@ class Value:
     def __truediv__(self, other: Value | float) -> Value:
         return self * other**-1
 
+    def __rtruediv__(self, other: float) -> Value:
+        return self**-1 * other
+
 
 def topological_order(root: Value) -> list[Value]:
     """List all Values that root depends on, and root, each after those it was made from.

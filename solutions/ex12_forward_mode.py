@@ -126,7 +126,8 @@ class Dual:
 def jvp(f: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Run f once, and find how fast its result changes when x moves along v.
 
-    f:       a function of one tensor, made of torch's operations
+    f:       a function of one tensor, made of torch's operations. It may branch on values, so
+             it can't be traced beforehand (as torch.func.linearize does)
     x:       (...) floating point, where
     v:       shape and dtype of x, the direction
     returns: f(x), and the Jacobian of f at x times v, which has the shape of f(x)
@@ -150,6 +151,7 @@ def hvp(f: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> Tensor:
 
     It is how fast the gradient of f changes when x moves along v: forward over reverse. f is
     called once, and all together costs no more than eight times f(x), however long x is.
+    Where the gradient doesn't change, as for an f in which x stands only linearly, that is 0.
     """
     # solution
     return jvp(torch.func.grad(f), x, v)[1]

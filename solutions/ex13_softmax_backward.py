@@ -54,10 +54,10 @@ class CrossEntropy(Function):
 
     Logits of any size give finite results. Targets of another shape raise ValueError,
     which gives it.
-    Kept for backward through ctx.save_for_backward: one tensor of the logits' size, and at
-    most a few numbers for each target. A second derivative is right, or refused with a
-    RuntimeError (`once_differentiable` of torch.autograd.function does that); it is never
-    silently wrong.
+    Kept for backward through ctx.save_for_backward: one tensor of as many numbers and bytes
+    as the logits, and at most four int64 for each target. A second derivative is right, or
+    refused with a RuntimeError (`once_differentiable` of torch.autograd.function does that);
+    it is never silently wrong.
     """
 
     @staticmethod

@@ -99,9 +99,11 @@ class LayerNorm(Function):
         """Return the gradients of x, weight and bias, None for one not wanted, and for eps."""
         # solution
         x, weight = ctx.saved_tensors
-        wide, grad_y = _widen(x), _widen(grad_y)
-        x_hat, r = _rms_normalise(wide - wide.mean(-1, keepdim=True), ctx.eps)
+        grad_y = _widen(grad_y)
         grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:  # the bias alone needs no x̂
+            wide = _widen(x)
+            x_hat, r = _rms_normalise(wide - wide.mean(-1, keepdim=True), ctx.eps)
         if ctx.needs_input_grad[0]:
             h = grad_y * weight
             without_effect = h.mean(-1, keepdim=True) + x_hat * (h * x_hat).mean(-1, keepdim=True)

@@ -101,7 +101,8 @@ class Trainer:
     """Trains a model, and can be stopped and gone on with at any step.
 
     model:       gives logits (batch, ..., n_classes) for x
-    optimizer:   one of torch.optim, or one like them
+    optimizer:   one of torch.optim, or one like them, such as those of exercise 17: it has
+                 param_groups, step, zero_grad, state_dict and load_state_dict
     train:       next(train) gives x (batch, ...) and y (batch, ...) int64, where −100 is no
                  target; has state_dict and load_state_dict
     eval_sets:   by name ("train", "val"), x and y of the examples that estimate_loss uses
@@ -199,18 +200,23 @@ class Trainer:
     def estimate_loss(self) -> dict[str, float]:
         """Give the mean loss over all targets of each of eval_sets, in eval mode.
 
-        Nothing is kept for backward, and nothing else changes: the model is in the mode that
-        it was in, and the run goes on as if nobody had asked.
+        Nothing is kept for backward, and nothing else changes: the model and each module in
+        it is in the mode that it was in, even after an error, and the run goes on as if
+        nobody had asked.
         """
         # solution
-        was_training = self.model.training
-        self.model.eval()
+        # Each by itself: somebody may have frozen a part of the model in eval mode.
+        modes = [(module, module.training) for module in self.model.modules()]
         losses = {}
-        with torch.no_grad():
-            for name, (x, y) in self.eval_sets.items():
-                total = sum(summed.item() for summed in self.summed_losses(x, y))
-                losses[name] = total / max(1, int((y != -100).sum()))
-        self.model.train(was_training)
+        try:
+            self.model.eval()
+            with torch.no_grad():
+                for name, (x, y) in self.eval_sets.items():
+                    total = sum(summed.item() for summed in self.summed_losses(x, y))
+                    losses[name] = total / max(1, int((y != -100).sum()))
+        finally:
+            for module, training in modes:
+                module.training = training
         return losses
 
     def save(self, path: str) -> None:

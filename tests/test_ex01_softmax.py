@@ -145,13 +145,47 @@ def test_all_three_work_along_the_last_axis_unless_told_otherwise(attempt, np_rn
 
 
 def test_all_three_give_a_score_of_minus_infinity_no_weight(attempt):
-    x = np.array([[-np.inf, 0.0, math.log(3), -np.inf], [5.0, -np.inf, 5.0, -np.inf]])
+    x = np.full((4, 4), -np.inf)
+    x[0, 1:3] = 0, math.log(3)
+    x[1, ::2] = 5
+    x[2:, 3] = -1e5, -1e10  # very low, and yet all that is left
 
     out = attempt(all_three, x, 1)
 
-    assert_close(out["softmax"], np.array([[0, 0.25, 0.75, 0], [0.5, 0, 0.5, 0]]))
-    assert_close(out["logsumexp"], np.array([math.log(4), 5 + math.log(2)]))
-    assert_close(out["log_softmax"], x - np.array([[math.log(4)], [5 + math.log(2)]]))
+    weights = [[0, 0.25, 0.75, 0], [0.5, 0, 0.5, 0], [0, 0, 0, 1], [0, 0, 0, 1]]
+    sums = np.array([math.log(4), 5 + math.log(2), -1e5, -1e10])
+    expected = {"softmax": np.array(weights), "logsumexp": sums, "log_softmax": x - sums[:, None]}
+    assert_close(out, expected)
+
+
+def test_all_three_are_exact_to_the_last_digits(attempt, np_rng):
+    # From weights around 1 to one of 1e−304, in float64: nothing is cut off, added or rounded.
+    x = np_rng.normal(size=(2, 5)) - np.array([0, 0, 20, 90, 700])
+
+    out = attempt(all_three, x, 1)
+
+    # A score has 53 bits. In a weight as small as exp(−700) they are worth 700 · 2⁻⁵³.
+    assert_close(out, {name: oracle(name, x, 1) for name in FUNCTIONS}, rtol=1e-12, atol=0)
+
+
+def test_all_three_take_more_scores_than_float16_can_count(attempt):
+    x = np.full((2, 70_000), 3, np.float16)
+
+    out = attempt(all_three, x, 1)
+
+    of_all = math.log(70_000)
+    expected = {"softmax": 1 / 70_000, "logsumexp": 3 + of_all, "log_softmax": -of_all}
+    for name, value in expected.items():
+        shape = (2,) if name == "logsumexp" else x.shape
+        assert_close(out[name], np.full(shape, value, np.float16))
+
+
+def test_log_softmax_stays_exact_for_scores_that_lie_very_far_apart(attempt):
+    x = np.array([[0.0, 1e5], [-1e10, 0.0]])
+
+    out = attempt(log_softmax, x, 1)
+
+    assert_close(out, np.array([[-1e5, 0.0], [-1e10, 0.0]]))
 
 
 def test_all_three_take_a_batch_of_no_rows(attempt):
@@ -163,11 +197,12 @@ def test_all_three_take_a_batch_of_no_rows(attempt):
 
 
 def test_all_three_turn_integers_into_float64(attempt):
-    x = np.array([[1, 2, 4, -3], [2000, 2002, 1999, 0], [2001, 1, 1999, 1]])
+    x = np.array([[1, 2, 4, -(2**63)], [2000, 2002, 1999, 2**63 - 1], [2001, 1, 1999, 0]])
 
-    out = attempt(all_three, x, 0)
+    for rows, axis in ((x, 0), (x[:, :1], 1)):
+        out = attempt(all_three, rows, axis)
 
-    assert_close(out, {name: oracle(name, x, 0) for name in FUNCTIONS})
+        assert_close(out, {name: oracle(name, rows, axis) for name in FUNCTIONS})
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -80,7 +80,8 @@ def test_takes_any_leading_axes(attempt, np_rng, batch):
 
     loss = attempt(cross_entropy, logits, targets)
 
-    assert_close(loss, oracle(logits, targets))
+    # Tight: float64 throughout, and no small number added before the logarithm.
+    assert_close(loss, oracle(logits, targets), rtol=1e-12, atol=1e-14)
 
 
 def test_stays_exact_for_logits_far_too_large_for_exp(attempt, np_rng):
@@ -92,13 +93,26 @@ def test_stays_exact_for_logits_far_too_large_for_exp(attempt, np_rng):
     assert_close(loss, oracle(logits, targets))
 
 
-def test_stays_exact_where_the_truth_looks_impossible(attempt):
-    logits = np.array([[-1000.0, 2000.0, 1999.0], [0.0, 1.0, 2.0]])
-    targets = np.array([0, 1])
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [("float64", 1e3), ("float64", 1e10), ("float32", 1e5), ("float32", 1e37), ("float32", 3e38)],
+)
+def test_stays_exact_where_the_truth_looks_impossible(attempt, dtype, size):
+    # In the second row the most likely word comes, and no other has any chance.
+    logits = np.array([[0.0, size, size], [size, -size, -size]], dtype)
 
-    loss = attempt(cross_entropy, logits, targets)
+    losses = [attempt(cross_entropy, logits[i : i + 1], np.array([0])) for i in (0, 1)]
 
-    assert_close(loss, oracle(logits, targets))
+    assert_close(losses, [np.dtype(dtype).type(size + np.log(2)), np.dtype(dtype).type(0)])
+
+
+def test_a_word_that_cannot_come_costs_nothing_unless_it_is_the_truth(attempt):
+    logits = np.array([[-np.inf, 0.0, 0.0, 0.0], [1e5, -np.inf, -np.inf, -np.inf]])
+
+    possible = attempt(cross_entropy, logits, np.array([2, 0]))
+    impossible = attempt(cross_entropy, logits, np.array([0, 0]))
+
+    assert_close([possible, impossible], [math.log(3) / 2, math.inf])
 
 
 @pytest.mark.parametrize("ignore_index", [-100, -1, 0, 1000])
@@ -142,10 +156,14 @@ def test_keeps_float32(attempt, np_rng):
     assert_close(loss, oracle(logits, targets, label_smoothing=0.3).astype(np.float32))
 
 
-@pytest.mark.parametrize("target", [7, -3], ids=["one too large", "one below zero"])
-def test_rejects_a_target_that_is_no_word(attempt, np_rng, target):
+@pytest.mark.parametrize(
+    ("target", "ignore_index"),
+    [(7, -100), (931, -100), (-3, -100), (-100, 0)],
+    ids=["one too many", "far too many", "one below zero", "−100 where 0 is ignored"],
+)
+def test_rejects_a_target_that_is_no_word(attempt, np_rng, target, ignore_index):
     logits, targets = logits_and_targets(np_rng)
     targets[1, 2] = target
 
     with pytest.raises(IndexError, match=str(target)):
-        attempt(cross_entropy, logits, targets)
+        attempt(cross_entropy, logits, targets, ignore_index=ignore_index)

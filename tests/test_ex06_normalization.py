@@ -58,7 +58,7 @@ def test_layer_norm_brings_each_vector_to_mean_0_and_variance_1(attempt, np_rng)
 
     out = attempt(layer_norm, x, weight, bias)
 
-    assert_close(out, oracle(x, weight, bias, 1e-5)["layer_norm"])
+    assert_close(out, oracle(x, weight, bias, 1e-5)["layer_norm"], rtol=1e-12, atol=1e-12)
 
 
 def test_layer_norm_keeps_its_digits_far_from_zero(attempt, np_rng):
@@ -77,7 +77,7 @@ def test_rms_norm_divides_each_vector_by_its_root_mean_square(attempt, np_rng):
 
     out = attempt(rms_norm, x, weight)
 
-    assert_close(out, oracle(x, weight, bias, 1e-5)["rms_norm"])
+    assert_close(out, oracle(x, weight, bias, 1e-5)["rms_norm"], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("eps", [1e-5, 1e-2, 3.0])
@@ -119,26 +119,40 @@ def test_both_take_one_vector_none_and_vectors_of_one_feature(attempt, np_rng, s
     assert_close(out, oracle(x, weight, bias, 1e-3))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_both_compute_in_float32_at_least_and_keep_the_dtype(attempt, np_rng, dtype):
+@pytest.mark.parametrize(
+    ("dtype", "of_weight"),
+    [
+        ("float16", "float16"),
+        ("float16", "float32"),
+        ("float32", "float16"),
+        ("float32", "float64"),
+        ("float64", "float32"),
+    ],
+)
+def test_both_compute_in_float32_at_least_and_round_once(attempt, np_rng, dtype, of_weight):
     # float16 ends at 65504, and the square of 256 is beyond. Not contiguous.
-    x = (1000 * np_rng.normal(size=(5, 3)).T + 500).astype(dtype)
-    weight, bias = (t.astype(np.float32) for t in parameters(np_rng))
+    x = (1000 * np_rng.normal(size=(5, 30)).T + 500).astype(dtype)
+    weight, bias = (t.astype(of_weight) for t in parameters(np_rng))
 
     out = attempt(both, x, weight, bias, 1e-5)
 
-    expected = {name: t.astype(dtype) for name, t in oracle(x, weight, bias, 1e-5).items()}
-    # The last rounding is half an eps; in float32, the roundings of mean and variance add some.
-    eps = float(np.finfo(dtype).eps)
-    assert_close(out, expected, rtol=4 * eps, atol=8 * float(np.finfo(np.float32).eps))
+    for name, exact in oracle(x, weight, bias, 1e-5).items():
+        assert out[name].dtype == dtype, f"{name} is {out[name].dtype}, and x is {dtype}"
+        # The last rounding moves a number by half an eps of x's dtype; those of what it is
+        # computed in, float32 at least, by a few of its eps.
+        inside = np.finfo(np.promote_types(dtype, np.float32)).eps
+        fine = 64 * float(inside) * np.abs(exact).max()
+        half = 0.5001 * float(np.finfo(dtype).eps)
+        assert_close(out[name].astype(np.float64), exact, rtol=half, atol=fine)
 
 
-@pytest.mark.parametrize("shape", [(1,), (3, 5), (4,)], ids=str)
+@pytest.mark.parametrize("shape", [(1,), (3, 5), (4,), (1, 5), (5, 1), (7,)], ids=str)
 @pytest.mark.parametrize("which", ["layer_norm's weight", "layer_norm's bias", "rms_norm's weight"])
 def test_both_reject_parameters_of_another_shape(attempt, which, shape):
     x, right, wrong = np.ones((3, 5)), np.ones(5), np.ones(shape)
 
-    with pytest.raises(ValueError, match=str(shape[0])):
+    theirs = r"\D+".join(rf"\b{n}\b" for n in shape)
+    with pytest.raises(ValueError, match=theirs):
         if which == "rms_norm's weight":
             attempt(rms_norm, x, wrong)
         else:

@@ -60,6 +60,15 @@ def dropout(ex, x, p, seed):
     return ex.dropout(x, p, np.random.default_rng(seed))
 
 
+def many_small(ex, seed, n):
+    """Layers of two inputs and one output, and tables of one row of width 2."""
+    rng = np.random.default_rng(seed)
+    return {
+        "weight": np.concatenate([ex.init_linear(2, 1, rng)[0] for _ in range(n)]),
+        "table": np.concatenate([ex.init_embedding(1, 2, rng) for _ in range(n)]),
+    }
+
+
 def dropped_in_turn(ex, x, p, seed):
     """How many numbers each of ten calls drops."""
     rng = np.random.default_rng(seed)
@@ -70,6 +79,10 @@ def dropout_outside_training(ex, x, p, seed):
     """The result, and what the generator gives next."""
     rng = np.random.default_rng(seed)
     return ex.dropout(x, p, rng, training=False), rng.random()
+
+
+def by_name(ex, function, x, weight):
+    return getattr(ex, function)(x, weight)
 
 
 def by_torch(function, *arrays):
@@ -87,6 +100,18 @@ def is_normal(weight, spread):
     below = torch.special.ndtr(torch.from_numpy(z)).numpy()
     # The share that was drawn below a point, less the true one: rarely (10⁻⁷) more than 3/√n.
     assert_close(np.abs(below - np.arange(n) / n).max(), 0.0, atol=3 / math.sqrt(n))
+
+
+def is_unrelated(x):
+    """Whether no number goes with another one, whichever distance there is between the two.
+
+    The correlations at all distances at once, by way of the spectrum. Each is a mean of n products
+    with a spread of 1/√n; that one of 60 000 lies beyond seven times that has a chance of 10⁻⁷.
+    """
+    z = x.flatten() - x.mean()
+    correlations = np.fft.irfft(np.abs(np.fft.rfft(z)) ** 2, z.size)
+    correlations = correlations[1:] / correlations[0]
+    assert_close(np.abs(correlations).max(), 0.0, atol=7 / math.sqrt(z.size))
 
 
 @pytest.mark.parametrize("batch", [(), (5,), (2, 3)], ids=["one", "batch", "batch and seq_len"])
@@ -116,7 +141,9 @@ def test_embedding_looks_up_the_row_of_each_token(attempt, shape, vocab_size, se
     assert_close(rows, by_torch(F.embedding, tokens, weight))
 
 
-@pytest.mark.parametrize("token", [7, -2], ids=["one too large", "one below zero"])
+@pytest.mark.parametrize(
+    "token", [7, 931, -2], ids=["one too many", "far too many", "one below zero"]
+)
 def test_embedding_rejects_a_token_that_has_no_row(attempt, np_rng, token):
     tokens, weight = np.array([[3, 0, 6], [1, token, 5]]), np_rng.normal(size=(7, 4))
 
@@ -132,18 +159,37 @@ def test_tied_logits_compare_with_every_row_of_the_table(attempt, np_rng):
     assert_close(logits, by_torch(F.linear, x, weight))
 
 
+@pytest.mark.parametrize("function", ["linear", "embedding", "tied_logits"])
+def test_a_float32_table_gives_float32(attempt, np_rng, function):
+    weight = np_rng.normal(size=(7, 4)).astype(np.float32)
+    embeds = function == "embedding"
+    x = np_rng.integers(0, 7, (2, 3)) if embeds else np_rng.normal(size=(2, 3, 4)).astype("float32")
+
+    out = attempt(by_name, function, x, weight)
+
+    assert_close(out, by_torch(F.embedding if embeds else F.linear, x, weight))
+
+
 @pytest.mark.parametrize(("rows", "width"), [(400, 50), (50, 400)], ids=["long", "wide"])
 def test_fresh_weights_give_sums_of_the_spread_of_what_goes_in(attempt, np_rng, rows, width):
     seed = int(np_rng.integers(1 << 30))
 
     out = attempt(fresh, seed, rows, width)
 
-    assert_close(out["bias"], np.zeros(rows, np.float32))
+    assert_close(out["bias"], np.zeros(rows, np.float32), rtol=0, atol=0)
     for name in ("weight", "table"):
         shape, dtype = out[name].shape, out[name].dtype
         assert shape == (rows, width), f"the {name} has shape {shape}, not {(rows, width)}"
         assert dtype == np.float32, f"the {name} is {dtype}, not float32"
         is_normal(out[name], 1 / math.sqrt(width))
+        is_unrelated(out[name])
+
+
+def test_layers_too_small_to_be_balanced_have_that_spread_too(attempt, np_rng):
+    out = attempt(many_small, int(np_rng.integers(1 << 30)), 3000)
+
+    for name in ("weight", "table"):
+        is_normal(out[name], 1 / math.sqrt(2))
 
 
 def test_all_chance_comes_from_the_generator(attempt, np_rng):
@@ -166,7 +212,7 @@ def test_dropout_leaves_each_element_zero_or_scaled_up(attempt, p, seed):
     assert_close(out, np.where(out == 0, 0, x / (1 - p)))
 
 
-@pytest.mark.parametrize("p", [0.0, 0.2, 0.9])
+@pytest.mark.parametrize("p", [0.0, 0.37, 0.92])
 def test_dropout_draws_for_every_element_by_itself(attempt, np_rng, p):
     x, seed = np.ones((60, 40, 50), np.float32), int(np_rng.integers(1 << 30))
 
@@ -179,6 +225,8 @@ def test_dropout_draws_for_every_element_by_itself(attempt, np_rng, p):
         share = dropped.mean(axis=axes)
         spread = math.sqrt(p * (1 - p) * share.size / x.size)
         assert_close(share, np.full(share.shape, p), rtol=0, atol=6 * spread)
+    if p:
+        is_unrelated(dropped)
 
 
 def test_dropout_drops_no_fixed_number_of_elements(attempt, np_rng):
@@ -186,6 +234,17 @@ def test_dropout_drops_no_fixed_number_of_elements(attempt, np_rng):
 
     # Independent draws give the same number ten times once in 10¹⁴ runs.
     assert len(set(counts)) > 1, f"each of ten calls dropped {counts[0]} of 600 elements"
+
+
+@pytest.mark.parametrize("number", [np.inf, -np.inf, np.nan])
+def test_dropout_drops_what_is_not_finite(attempt, np_rng, number):
+    x = np.full((20, 30), number)
+
+    out = attempt(dropout, x, 0.5, int(np_rng.integers(1 << 30)))
+
+    dropped = out == 0
+    assert dropped.any(), f"none of 600 times {number} became 0"
+    assert_close(out, np.where(dropped, 0.0, number))
 
 
 def test_dropout_does_nothing_outside_training(attempt, np_rng):
@@ -197,7 +256,8 @@ def test_dropout_does_nothing_outside_training(attempt, np_rng):
     assert_close(drawn_next, np.random.default_rng(5).random())
 
 
+@pytest.mark.parametrize("run", [dropout, dropout_outside_training], ids=["training", "not"])
 @pytest.mark.parametrize("p", [1.0, 1.5, -0.25])
-def test_dropout_rejects_a_p_that_is_no_probability_below_one(attempt, p):
+def test_dropout_rejects_a_p_that_is_no_probability_below_one(attempt, run, p):
     with pytest.raises(ValueError, match=str(p)):
-        attempt(dropout, np.ones((2, 3)), p, 0)
+        attempt(run, np.ones((2, 3)), p, 0)

@@ -62,7 +62,8 @@ def two_ways_on(ex, scores, values, others, their_values):
     first = ex.update(state, others, their_values)
     second = ex.update(state, -others, their_values)
     both = ex.merge(state, first)
-    return [finished(ex, s) for s in (first, second, both, state)]
+    turned = ex.merge(second, state)
+    return [finished(ex, s) for s in (first, second, both, turned, state)]
 
 
 def numbers_kept(ex, scores, values, cuts):
@@ -102,7 +103,8 @@ def test_one_block_gives_the_softmax_weighted_average(attempt, np_rng):
 
     out = attempt(block_by_block, scores, values, [])
 
-    assert_close(out, oracle(scores, values))
+    # Tight: in float64 throughout, and no small number added to the total.
+    assert_close(out, oracle(scores, values), rtol=1e-12, atol=1e-12)
 
 
 def test_update_gives_the_same_wherever_the_row_is_split(attempt, np_rng):
@@ -155,6 +157,40 @@ def test_hidden_keys_count_for_nothing_in_any_block(attempt, np_rng):
     assert_close(out, oracle(scores, values))
 
 
+@pytest.mark.parametrize("padding", [np.nan, np.inf, -np.inf, 1e300])
+def test_a_key_hidden_from_every_query_may_have_any_value(attempt, np_rng, padding):
+    scores, values = inputs(np_rng, n_keys=6, batch=(2,))
+    padded = values.copy()
+    for row, key in ((0, 1), (0, 4), (0, 5), (1, 0)):  # not the same ones in both rows
+        scores[row, :, key], values[row, key], padded[row, key] = -np.inf, 0, padding
+    scores[1, 0, 3] = -np.inf  # hidden from one query, and visible to others
+
+    assert_close(attempt(block_by_block, scores, padded, [2, 4]), oracle(scores, values))
+    out = attempt(merged, scores, padded, [2, 4], [(0, 1), (0, 0)])
+    assert_close(out, oracle(scores, values))
+
+
+@pytest.mark.parametrize("low", [-1e5, -1e10, -1e300])
+def test_a_very_low_score_is_no_hidden_one(attempt, np_rng, low):
+    scores, values = inputs(np_rng, n_keys=6)
+    scores[0], scores[1] = -np.inf, 2 * low  # all hidden, or far lower still, but for one
+    scores[0, 2] = scores[1, 4] = low
+    scores[2, :3] = low  # nothing beside what comes later
+
+    for cuts in ([], [1, 3, 5]):
+        assert_close(attempt(block_by_block, scores, values, cuts), oracle(scores, values))
+
+
+@pytest.mark.parametrize("run", [block_by_block, merged], ids=["update", "merge"])
+def test_equal_scores_count_alike_in_whatever_blocks_they_stand(attempt, np_rng, run):
+    scores, values = np.full((2, 7), 3.0), np_rng.normal(size=(7, 4))
+    order = [[(0, 1), (0, 0)]] if run is merged else []
+
+    out = attempt(run, scores, values, [2, 3], *order)
+
+    assert_close(out, oracle(scores, values), rtol=1e-12, atol=1e-12)
+
+
 def test_a_query_that_has_met_no_key_gets_zeros(attempt):
     out = attempt(before_any_key, (2, 3), 4)
 
@@ -171,7 +207,8 @@ def test_a_state_can_be_continued_more_than_once(attempt, np_rng):
     first = np.concatenate([scores, others], -1), np.concatenate([values, their_values])
     second = np.concatenate([scores, -others], -1), first[1]
     both = np.concatenate([scores, first[0]], -1), np.concatenate([values, first[1]])
-    assert_close(out, [oracle(*x) for x in (first, second, both, (scores, values))])
+    turned = np.concatenate([scores, second[0]], -1), both[1]
+    assert_close(out, [oracle(*x) for x in (first, second, both, turned, (scores, values))])
 
 
 def test_a_state_does_not_grow_with_the_keys(attempt, np_rng):
@@ -192,9 +229,12 @@ def test_a_state_is_float64_whatever_its_blocks_are(attempt, np_rng):
     assert_close(out, oracle(scores, values))
 
 
-def test_update_rejects_fewer_values_than_scores(attempt):
-    with pytest.raises(ValueError, match=r"5.*4|4.*5"):
-        attempt(block_by_block, np.zeros((3, 5)), np.zeros((4, 2)), [])
+@pytest.mark.parametrize(("n_scores", "n_values"), [(5, 4), (4, 5), (7, 1), (1, 7)])
+def test_update_rejects_unequal_numbers_of_scores_and_values(attempt, n_scores, n_values):
+    scores, values = np.zeros((3, n_scores)), np.zeros((n_values, 2))
+
+    with pytest.raises(ValueError, match=rf"{n_scores}.*{n_values}|{n_values}.*{n_scores}"):
+        attempt(block_by_block, scores, values, [])
 
 
 cuts = st.lists(st.integers(0, 8), max_size=4).map(sorted)

@@ -32,7 +32,7 @@ EXPRESSIONS = {
     "tanh": lambda a, b, c: a.tanh() + b.tanh() + c.tanh(),
     "relu": lambda a, b, c: a.relu() + b.relu() * 2 + c.relu() * 3,
     "numbers on the right": lambda a, b, c: (a + 2) * 3 + (b - 2) / 4 + c * 5,
-    "numbers on the left": lambda a, b, c: 2 + a + (3 - b) + 4 * c,
+    "numbers on the left": lambda a, b, c: 2 + a + (3 - b) + 4 * c + 5 / b,
     "given operations": lambda a, b, c: (a - b) / c + -a,
     "used twice": lambda a, b: a + a + b * b,
     "used early and late": lambda a, b: a * (a * b).tanh() * a.exp(),
@@ -107,6 +107,16 @@ def backward_twice(ex, x, w):
     return {"x": float(x.grad), "w": float(w.grad), "h": float(h.grad), "y": float(y.grad)}
 
 
+def leaf_alone(ex):
+    """The slopes of a leaf in itself after one and two calls, and whether it is its own order."""
+    x = ex.Value(3.0)
+    grads = []
+    for _ in range(2):
+        x.backward()
+        grads.append(float(x.grad))
+    return grads, [value is x for value in ex.topological_order(x)]
+
+
 def two_results(ex, x, w):
     x, w = ex.Value(x), ex.Value(w)
     h = x * w
@@ -179,10 +189,11 @@ def test_finds_the_slopes_of_powers(attempt):
 
 
 def test_finds_the_slopes_of_exp_and_tanh(attempt):
-    for arguments in (("exp", [0.5, -2.0]), ("tanh", [0.8, -400.0, 400.0])):
+    tanhs = ([0.8, -400.0, 400.0], [-0.3, -800.0, 800.0], [0.0, 1e5, -1e300])
+    for arguments in (("exp", [0.5, -2.0]), *(("tanh", numbers) for numbers in tanhs)):
         out = attempt(slopes, *arguments)
 
-        assert_close(out, slopes(oracle, *arguments))
+        assert_close(out, slopes(oracle, *arguments), rtol=1e-12, atol=1e-14)
 
 
 def test_finds_the_slopes_of_relu(attempt):
@@ -232,6 +243,12 @@ def test_adds_up_leaves_over_two_backward_calls_and_starts_all_others_afresh(att
 
     slope = 2 * x * w + 1  # of y = h² + h in h = x w
     assert_close(out, {"x": 2 * w * slope, "w": 2 * x * slope, "h": slope, "y": 1.0})
+
+
+def test_takes_a_leaf_for_a_result(attempt):
+    out = attempt(leaf_alone)
+
+    assert_close(out, ([1.0, 2.0], [True]))
 
 
 def test_keeps_apart_the_slopes_of_two_results_that_share_a_value(attempt):

@@ -95,10 +95,30 @@ def kept_by(function, *args):
 
     with saved_tensors_hooks(pack, lambda x: x):
         result = function.apply(*args)
-    for x in vars(result.grad_fn).values():
-        if isinstance(x, torch.Tensor):
-            on_ctx[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+    for x in tensors_in(list(vars(result.grad_fn).values())):
+        on_ctx[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
     return result, saved, on_ctx
+
+
+def tensors_in(data):
+    """All tensors in lists, tuples and dicts."""
+    if isinstance(data, dict):
+        data = list(data.values())
+    if isinstance(data, (list, tuple)):
+        return [tensor for item in data for tensor in tensors_in(item)]
+    return [data] if isinstance(data, torch.Tensor) else []
+
+
+def softmax_in_turn(ex, first, second):
+    """Two softmaxes along other axes, and then the gradients of the first, of the second."""
+    ys = [ex.Softmax.apply(x.requires_grad_(), dim) for x, dim, _ in (first, second)]
+    return [grad(y, x, grad_y)[0] for y, (x, _, grad_y) in zip(ys, (first, second), strict=True)]
+
+
+def cross_entropy_in_turn(ex, first, second):
+    """Two losses, and then the gradients of the first, of the second."""
+    losses = [ex.CrossEntropy.apply(x.requires_grad_(), targets) for x, targets in (first, second)]
+    return [grad(loss, x)[0] for loss, (x, _) in zip(losses, (first, second), strict=True)]
 
 
 def check_softmax(ex, x, dim):
@@ -138,17 +158,21 @@ def test_softmax_multiplies_the_gradient_by_its_jacobian(attempt, shape, axis, f
     rows = expected.movedim(dim, -1)
     jacobian = torch.diag_embed(rows) - rows[..., :, None] * rows[..., None, :]
     product = (jacobian @ grad_y.movedim(dim, -1)[..., None])[..., 0]
-    assert_close((y, grad_x), (expected, product.movedim(-1, dim)))
+    assert_close((y, grad_x), (expected, product.movedim(-1, dim)), rtol=1e-12, atol=1e-13)
 
 
 def test_softmax_stays_exact_for_values_far_too_large_for_exp(attempt, rng):
-    x = 1e4 + 10 * randn(rng, 3, 5)
+    x = 1e4 + 30 * randn(rng, 3, 5)
     x[1] *= -1
     grad_y = randn(rng, 3, 5)
 
-    results = attempt(softmax, x, 1, grad_y)
+    y, grad_x = attempt(softmax, x, 1, grad_y)
 
-    assert_close(results, softmax(oracle, x, 1, grad_y))
+    # Weights as small as 1e-30 have their digits too: 1e4 is rounded to 1e-12, not more. A
+    # gradient is a difference.
+    expected_y, expected = softmax(oracle, x, 1, grad_y)
+    assert_close(y, expected_y, rtol=1e-9, atol=0)
+    assert_close(grad_x, expected, rtol=1e-9, atol=1e-11)
 
 
 def test_softmax_gives_second_derivatives(attempt, rng):
@@ -184,7 +208,8 @@ def test_cross_entropy_averages_over_all_targets(attempt, rng, shape):
 
     results = attempt(cross_entropy, logits, targets, grad_loss)
 
-    assert_close(results, cross_entropy(oracle, logits, targets, grad_loss))
+    expected = cross_entropy(oracle, logits, targets, grad_loss)
+    assert_close(results, expected, rtol=1e-12, atol=1e-13)
 
 
 def test_cross_entropy_stays_exact_for_logits_far_too_large_for_exp(attempt, rng):
@@ -208,8 +233,10 @@ def test_cross_entropy_gives_no_silently_wrong_second_derivative(attempt, rng):
     assert_close(second, "refused" if isinstance(second, str) else expected)
 
 
-def test_cross_entropy_keeps_one_tensor_of_the_logits_size(attempt, rng):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_cross_entropy_keeps_one_tensor_of_the_logits_size(attempt, rng, dtype):
     logits, targets = logits_and_targets(rng, vocab_size=50)
+    logits = logits.to(dtype)
 
     kept = attempt(cross_entropy_keeps, logits, targets)
 
@@ -218,11 +245,24 @@ def test_cross_entropy_keeps_one_tensor_of_the_logits_size(attempt, rng):
     assert kept["on ctx"] <= 64, f"keeps {kept['on ctx']} bytes on ctx, past save_for_backward"
 
 
-def test_cross_entropy_rejects_targets_of_another_shape(attempt, rng):
-    logits, targets = logits_and_targets(rng)
+@pytest.mark.parametrize("shape", [(3, 1), (1, 4), (3,), (4, 3), (12,), (4, 7), (3, 4, 1)], ids=str)
+def test_cross_entropy_rejects_targets_of_another_shape(attempt, rng, shape):
+    logits, _ = logits_and_targets(rng)
+    targets = torch.ones(shape, dtype=torch.int64)
 
-    with pytest.raises(ValueError, match=r"3\D+1\b"):
-        attempt(cross_entropy, logits, targets[:, :1], torch.tensor(1.0))
+    theirs = r"\D+".join(rf"\b{n}\b" for n in shape)
+    with pytest.raises(ValueError, match=theirs):
+        attempt(cross_entropy, logits, targets, torch.tensor(1.0, dtype=torch.float64))
+
+
+def test_both_keep_apart_two_calls(attempt, rng):
+    first, second = randn(rng, 3, 4, 5), randn(rng, 6, 2)
+    weights = attempt(softmax_in_turn, (first, 1, first + 1), (second, 0, second + 1))
+    losses = (*logits_and_targets(rng),), (*logits_and_targets(rng, 2, 5, 9),)
+    gradients = attempt(cross_entropy_in_turn, *losses)
+
+    expected = softmax_in_turn(oracle, (first, 1, first + 1), (second, 0, second + 1))
+    assert_close((weights, gradients), (expected, cross_entropy_in_turn(oracle, *losses)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

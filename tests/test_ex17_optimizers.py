@@ -27,11 +27,12 @@ CASES = {
         {"lr": 0.03, "betas": (0.8, 0.9), "weight_decay": 0.4},
         {"eps": 0.1, "weight_decay": 0.1},
     ),
-    "adamw": (
+    "adamw": (  # with so large an eps that it shows where it stands
         "AdamW",
-        {"lr": 0.05, "betas": (0.85, 0.97), "weight_decay": 0.4},
-        {"lr": 0.02, "weight_decay": 0.0},
+        {"lr": 0.05, "betas": (0.85, 0.97), "eps": 0.3, "weight_decay": 0.4},
+        {"lr": 0.02, "eps": 0.1, "weight_decay": 0.0},
     ),
+    "adamw by default": ("AdamW", {"lr": 0.05, "weight_decay": 0.4}, {"weight_decay": 0.0}),
 }
 NAMES = ("SGD", "Adam", "AdamW")
 
@@ -74,6 +75,30 @@ def descend(ex, name, options, own, starts, n_steps):
     return torch.stack(path)
 
 
+def interrupted(ex, name, options, own, starts, stops):
+    """All numbers after each step of a run in parts: each part has an optimizer of its own."""
+    params = [start.clone().requires_grad_() for start in starts]
+    before, path = None, []
+    for t in range(stops[-1]):
+        if t == 0 or t in stops:
+            optimizer = getattr(ex, name)([{"params": params[::2]}, {"params": params[1::2]}], 9.0)
+            if before is None:
+                for group in optimizer.param_groups:
+                    group.update(options)
+                optimizer.param_groups[1].update(own)
+            elif hasattr(before, "state_dict"):
+                optimizer.load_state_dict(before.state_dict())
+            else:  # a file from before that was given
+                optimizer.state.update(before.state)
+                optimizer.param_groups = before.param_groups
+            before = optimizer
+        optimizer.zero_grad()
+        terrain(params, t).backward()
+        optimizer.step()
+        path.append(torch.cat([p.detach().flatten() for p in params]))
+    return torch.stack(path)
+
+
 def steps_on(ex, name, options, start, grad, n_steps):
     """Where n steps lead that all have the same gradient, and the gradient after them."""
     param = start.clone().requires_grad_()
@@ -111,6 +136,12 @@ def gradients_forgotten(ex, name, options, grads):
     return [param.grad for param in params]
 
 
+def split_linear(ex, bias, trained):
+    """How many parameters of a plain linear layer are in each group, and the groups' decay."""
+    model = nn.Linear(3, 2, bias=bias).requires_grad_(trained)
+    return [(len(g["params"]), g["weight_decay"]) for g in ex.decay_groups(model, 0.5)]
+
+
 def split(ex, weight_decay):
     """The decay and the parameters' names of each group, for a model of many kinds of them."""
     model = nn.ModuleDict(
@@ -142,14 +173,24 @@ def test_walks_the_path_that_torch_walks(attempt, rng, case):
     assert_close(path, descend(torch.optim, name, options, own, start, 52))
 
 
+@pytest.mark.parametrize("case", ["nesterov", "adam with decay", "adamw"])
+def test_remembers_all_it_needs_in_its_state_and_its_groups(attempt, rng, case):
+    name, options, own = CASES[case]
+    start = starts(rng)
+
+    path = attempt(interrupted, name, options, own, start, [5, 13, 20])
+
+    assert_close(path, interrupted(torch.optim, name, options, own, start, [5, 13, 20]))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_leaves_the_gradients_as_they_were(attempt, rng, name):
     options = {"lr": 0.1, "weight_decay": 0.2} | ({"momentum": 0.7} if name == "SGD" else {})
     start, grad = (torch.randn(4, generator=rng, dtype=torch.float64) for _ in range(2))
 
-    results = attempt(steps_on, name, options, start, grad, 3)
+    _, after = attempt(steps_on, name, options, start, grad, 3)
 
-    assert_close(results, steps_on(torch.optim, name, options, start, grad, 3))
+    assert_close(after, grad, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -182,7 +223,7 @@ def test_adam_begins_with_steps_of_lr_whatever_the_scale_of_the_gradient(attempt
     param, _ = attempt(steps_on, "Adam", {"lr": 0.25}, torch.zeros_like(grad), grad, 1)
 
     # m̂ is g and √v̂ is |g|. Only a gradient as small as eps makes a smaller step.
-    assert_close(param, -0.25 * grad / (grad.abs() + 1e-8))
+    assert_close(param, -0.25 * grad / (grad.abs() + 1e-8), rtol=1e-9, atol=0)
 
 
 def test_adamw_decays_at_the_same_rate_whatever_the_gradient(attempt, rng):
@@ -202,8 +243,16 @@ def test_lets_matrices_decay_but_no_biases_and_norms(attempt):
     assert_close(groups, [(0.25, decaying), (0.0, others)])
 
 
-def test_rejects_nesterov_without_momentum(attempt, rng):
+@pytest.mark.parametrize(("bias", "trained"), [(True, False), (False, True)])
+def test_gives_two_groups_even_where_one_is_empty(attempt, bias, trained):
+    groups = attempt(split_linear, bias, trained)
+
+    assert_close(groups, [(int(trained), 0.5), (0, 0.0)])
+
+
+@pytest.mark.parametrize("momentum", [0.0, -0.25])
+def test_rejects_nesterov_without_momentum(attempt, rng, momentum):
     options = {"lr": 0.1, "momentum": 0.9, "nesterov": True}
 
-    with pytest.raises(ValueError, match="0"):
-        attempt(descend, "SGD", options, {"momentum": 0.0}, starts(rng), 1)
+    with pytest.raises(ValueError, match=str(momentum)):
+        attempt(descend, "SGD", options, {"momentum": momentum}, starts(rng), 0)

@@ -59,7 +59,7 @@ def clip(ex, grads, max_norm, read_once=True):
     for param, grad in zip(params, grads, strict=True):
         if grad is not None:
             param.data = torch.zeros_like(grad)
-            param.grad = grad.clone()
+            param.grad = grad.clone(memory_format=torch.preserve_format)
     norm = ex.clip_grad_norm(iter(params) if read_once else params, max_norm)
     return norm, [param.grad for param in params]
 
@@ -147,7 +147,8 @@ def test_shortens_all_gradients_by_one_factor(attempt, rng, max_norm):
 
     results = attempt(clip, grads, max_norm)
 
-    assert_close(results, clip(oracle, grads, max_norm))
+    # Tight enough to see the 1e-6 that is added to the norm.
+    assert_close(results, clip(oracle, grads, max_norm), rtol=1e-10, atol=0)
 
 
 def test_leaves_short_gradients_as_they_are(attempt, rng):
@@ -156,6 +157,15 @@ def test_leaves_short_gradients_as_they_are(attempt, rng):
     norm, clipped = attempt(clip, grads, 100.0)
 
     assert_close((norm, clipped), (clip(oracle, grads, 100.0)[0], grads))
+
+
+def test_takes_gradients_of_any_memory_layout(attempt, rng):
+    grad = torch.randn(3, 4, 5, generator=rng, dtype=torch.float64)
+    grads = [grad.mT, grad[:, ::2], grad[0, 0].expand(2, 5).clone().t()]
+
+    results = attempt(clip, grads, 0.5)
+
+    assert_close(results, clip(oracle, grads, 0.5))
 
 
 @given(exponent=st.integers(-9, 9), max_norm=st.floats(0.01, 10), seed=st.integers(0, 999))
