@@ -51,8 +51,8 @@ class LSTMCell(nn.Module):
         state:   (h, c), both (..., hidden_size), before it
         returns: (h', c'), both (..., hidden_size), after it
 
-        There may be any number of leading dimensions, also none. However large x is, results and
-        gradients are finite.
+        There may be any number of leading dimensions, also none. However large the sums before σ
+        and tanh are, results and gradients are finite.
         """
         raise NotImplementedError("exercise 21 is not written yet")
 

@@ -48,8 +48,8 @@ class GRUCell(nn.Module):
         h:       (..., hidden_size) the state before it
         returns: (..., hidden_size) the state after it
 
-        There may be any number of leading dimensions, also none. However large x is, results and
-        gradients are finite.
+        There may be any number of leading dimensions, also none. However large the sums before σ
+        and tanh are, results and gradients are finite.
         """
         raise NotImplementedError("exercise 22 is not written yet")
 

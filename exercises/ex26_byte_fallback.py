@@ -59,9 +59,10 @@ class SentencePieceBPE:
 
         Each ▁ in a piece of text becomes a space. The first of the ids, <s> and </s> not
         counted, loses the space at its start, if it is a piece of text that starts with one: it is
-        the space that encode has put there. Bytes that follow one another are read as UTF-8
-        together. Each byte that is not part of a whole character becomes one "�" (U+FFFD). <s>
-        and </s> give nothing, <unk> gives " ⁇ " (U+2047 between two spaces).
+        the space that encode has put there. Bytes that follow one another, with no other id
+        between them, are read as UTF-8 together. Each byte that is not part of a whole character
+        becomes one "�" (U+FFFD). <s> and </s> give nothing, and part the bytes at their two sides;
+        <unk> gives " ⁇ " (U+2047 between two spaces).
 
         An id outside of the vocabulary raises IndexError, which gives it.
         """

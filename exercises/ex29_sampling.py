@@ -11,7 +11,8 @@ drawn from p = softmax(logits):
     min_p                only tokens stay with pᵢ ≥ min_p · max p
     repetition_penalty   tokens that were used lose some of their score
 
-A token that does not stay gets the score −∞, and the softmax shares its part out.
+A token that does not stay gets the score −∞, and the softmax shares its part out. Scores keep
+their dtype; the probabilities that top_p and sample add up are float64, whatever it is.
 
 Sources: top_p: Holtzman et al. 2019, eq. 2 and 3, https://arxiv.org/abs/1904.09751.
     min_p: Nguyen et al. 2024, https://arxiv.org/abs/2407.01082.
@@ -29,7 +30,7 @@ def temperature(logits: Tensor, t: float) -> Tensor:
 
     logits:  (..., vocab_size) floating point; −inf is allowed, here and below
     t:       0 or more
-    returns: (..., vocab_size)
+    returns: (..., vocab_size) dtype of logits, here and below
 
     At t = 0 the largest logit stays as it is, the first of several, and all others become −inf.
     """
@@ -54,7 +55,8 @@ def top_p(logits: Tensor, p: float) -> Tensor:
     returns: (..., vocab_size), −inf for all others
 
     The token that crosses p stays. So a token stays if the tokens that are likelier
-    have together less than p; tokens of equal probability stay or go together.
+    have together less than p; tokens of equal probability stay or go together. The sums are
+    float64.
     """
     raise NotImplementedError("exercise 29 is not written yet")
 
@@ -65,6 +67,9 @@ def min_p(logits: Tensor, p: float) -> Tensor:
     logits:  (..., vocab_size)
     p:       0 ≤ p ≤ 1
     returns: (..., vocab_size), −inf for all others
+
+    Tokens as likely as the likeliest stay for every p; what lies at p times its probability but
+    for the rounding of the logits' dtype may stay or go.
     """
     raise NotImplementedError("exercise 29 is not written yet")
 
@@ -89,8 +94,7 @@ def sample(logits: Tensor, u: Tensor) -> Tensor:
     u:       (...) float64, 0 ≤ u < 1; torch.rand draws it, and here it is given
     returns: (...) int64, the smallest id i with  p₀ + … + pᵢ > u
 
-    The probabilities and their sums are float64, whatever the dtype of the logits. A sum of
-    all of them may round to a little less than 1, and u may lie above that; a token of
-    probability 0 is never drawn, whatever u is.
+    The probabilities and their sums are float64. A sum of all of them may round to a little less
+    than 1, and u may lie above that; a token of probability 0 is never drawn, whatever u is.
     """
     raise NotImplementedError("exercise 29 is not written yet")

@@ -49,7 +49,8 @@ class AdditiveAttention(nn.Module):
         returns: context (batch, key_dim) and weights (batch, n_keys), 0 for padding
 
         Padding may hold anything, NaN too: results and gradients are the same, and the gradient of
-        the padding is 0. A length outside 1 … n_keys raises ValueError, which gives both.
+        the padding is 0. However large the scores are, results are finite. A length outside
+        1 … n_keys raises ValueError, which gives both.
         """
         # solution
         padding = _padding(keys, lengths)
@@ -71,7 +72,8 @@ class DotAttention(nn.Module):
         lengths: (batch) int64, 1 … n_keys: the keys from there on are padding; None: there is none
         returns: context (batch, key_dim) and weights (batch, n_keys), 0 for padding
 
-        Scores of any size give finite results. Padding is as for AdditiveAttention, lengths too.
+        However large the scores are, results are finite, as long as the scores themselves are: a
+        float16 ends at 65,504. Padding is as for AdditiveAttention, lengths too.
         A query of another width than the keys raises ValueError, which gives both.
         """
         # solution

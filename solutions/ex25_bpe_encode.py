@@ -80,7 +80,8 @@ class Tokenizer:
         there. What lies between two of them is cut into words on its own, as if it were all of the
         text. A pair of tokens lies inside one word. The empty text has no ids.
 
-        Cost: a word takes time by its own length; merges that it does not hold cost nothing.
+        Cost: a word takes time by its own length; merges that it does not hold cost nothing. Words
+        may be remembered with their ids, as many different ones as have come.
         """
         # solution
         return [i for _, ids in _pieces(self, text) for i in ids]
@@ -97,7 +98,7 @@ class Tokenizer:
         before these two are sure. An id may come earlier than this rule gives it.
 
         What is done is forgotten: memory holds a chunk and the little that is not yet sure, and
-        perhaps some words with their ids, which come again.
+        at most each different word once, with its ids.
         """
         # solution
         text = ""

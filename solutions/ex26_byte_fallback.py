@@ -80,9 +80,10 @@ class SentencePieceBPE:
 
         Each ▁ in a piece of text becomes a space. The first of the ids, <s> and </s> not
         counted, loses the space at its start, if it is a piece of text that starts with one: it is
-        the space that encode has put there. Bytes that follow one another are read as UTF-8
-        together. Each byte that is not part of a whole character becomes one "�" (U+FFFD). <s>
-        and </s> give nothing, <unk> gives " ⁇ " (U+2047 between two spaces).
+        the space that encode has put there. Bytes that follow one another, with no other id
+        between them, are read as UTF-8 together. Each byte that is not part of a whole character
+        becomes one "�" (U+FFFD). <s> and </s> give nothing, and part the bytes at their two sides;
+        <unk> gives " ⁇ " (U+2047 between two spaces).
 
         An id outside of the vocabulary raises IndexError, which gives it.
         """
@@ -90,17 +91,21 @@ class SentencePieceBPE:
         for id in ids:
             if not 0 <= id < len(self.names):
                 raise IndexError(f"id must be in [0, {len(self.names)}), got {id}")
-        out = b""
-        for place, id in enumerate(id for id in ids if id not in (1, 2)):
+        out, first = [b""], True
+        for id in ids:
+            if id in (1, 2):
+                out.append(b"")  # the bytes at its two sides are no neighbours
+                continue
             if id >= FIRST_PIECE:
                 piece = self.names[id].replace(SPACE, " ")
-                out += (piece.removeprefix(" ") if place == 0 else piece).encode()
+                out[-1] += (piece.removeprefix(" ") if first else piece).encode()
             elif id >= FIRST_BYTE:
-                out += bytes([id - FIRST_BYTE])
+                out[-1] += bytes([id - FIRST_BYTE])
             else:
-                out += " ⁇ ".encode()
+                out[-1] += " ⁇ ".encode()
+            first = False
         # surrogateescape makes one lone surrogate, U+DC80 … U+DCFF, of each byte that is astray.
-        text = out.decode(errors="surrogateescape")
+        text = "".join(part.decode(errors="surrogateescape") for part in out)
         return "".join(
             "\N{REPLACEMENT CHARACTER}" if "\udc80" <= c <= "\udcff" else c for c in text
         )

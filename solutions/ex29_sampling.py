@@ -11,7 +11,8 @@ drawn from p = softmax(logits):
     min_p                only tokens stay with pᵢ ≥ min_p · max p
     repetition_penalty   tokens that were used lose some of their score
 
-A token that does not stay gets the score −∞, and the softmax shares its part out.
+A token that does not stay gets the score −∞, and the softmax shares its part out. Scores keep
+their dtype; the probabilities that top_p and sample add up are float64, whatever it is.
 
 Sources: top_p: Holtzman et al. 2019, eq. 2 and 3, https://arxiv.org/abs/1904.09751.
     min_p: Nguyen et al. 2024, https://arxiv.org/abs/2407.01082.
@@ -29,7 +30,7 @@ def temperature(logits: Tensor, t: float) -> Tensor:
 
     logits:  (..., vocab_size) floating point; −inf is allowed, here and below
     t:       0 or more
-    returns: (..., vocab_size)
+    returns: (..., vocab_size) dtype of logits, here and below
 
     At t = 0 the largest logit stays as it is, the first of several, and all others become −inf.
     """
@@ -62,7 +63,8 @@ def top_p(logits: Tensor, p: float) -> Tensor:
     returns: (..., vocab_size), −inf for all others
 
     The token that crosses p stays. So a token stays if the tokens that are likelier
-    have together less than p; tokens of equal probability stay or go together.
+    have together less than p; tokens of equal probability stay or go together. The sums are
+    float64.
     """
     # solution
     if not 0 < p <= 1:
@@ -70,7 +72,8 @@ def top_p(logits: Tensor, p: float) -> Tensor:
     if p == 1:  # rounded sums reach 1 before the last tokens come
         return logits
     ordered = logits.sort(dim=-1, descending=True).values
-    probabilities = torch.softmax(ordered, dim=-1)
+    # A bfloat16 sum cannot tell 0.896 from 0.9, and a float32 one rounds 50,000 times.
+    probabilities = torch.softmax(ordered.double(), dim=-1)
     likelier = probabilities.cumsum(dim=-1) - probabilities  # what stands before each token
     lowest = ordered.masked_fill(likelier >= p, math.inf).amin(dim=-1, keepdim=True)
     return logits.masked_fill(logits < lowest, -math.inf)
@@ -82,6 +85,9 @@ def min_p(logits: Tensor, p: float) -> Tensor:
     logits:  (..., vocab_size)
     p:       0 ≤ p ≤ 1
     returns: (..., vocab_size), −inf for all others
+
+    Tokens as likely as the likeliest stay for every p; what lies at p times its probability but
+    for the rounding of the logits' dtype may stay or go.
     """
     # solution
     probabilities = torch.softmax(logits, dim=-1)
@@ -112,9 +118,8 @@ def sample(logits: Tensor, u: Tensor) -> Tensor:
     u:       (...) float64, 0 ≤ u < 1; torch.rand draws it, and here it is given
     returns: (...) int64, the smallest id i with  p₀ + … + pᵢ > u
 
-    The probabilities and their sums are float64, whatever the dtype of the logits. A sum of
-    all of them may round to a little less than 1, and u may lie above that; a token of
-    probability 0 is never drawn, whatever u is.
+    The probabilities and their sums are float64. A sum of all of them may round to a little less
+    than 1, and u may lie above that; a token of probability 0 is never drawn, whatever u is.
     """
     # solution
     sums = torch.softmax(logits.double(), dim=-1).cumsum(dim=-1)

@@ -21,6 +21,9 @@ BATCH, N_KEYS, QUERY_DIM, KEY_DIM, D_ATTN = 3, 5, 4, 6, 7
 INPUT_SIZE, HIDDEN_SIZE = 2, 4  # of a decoder; its hidden states are the queries
 LENGTHS = torch.tensor([2, 5, 1])
 
+# All in float64: a single rounding to float32 would cost 6e-8.
+EXACT = {"rtol": 1e-12, "atol": 1e-12}
+
 SHAPES = {
     "q_proj.weight": (D_ATTN, QUERY_DIM),
     "k_proj.weight": (D_ATTN, KEY_DIM),
@@ -28,6 +31,9 @@ SHAPES = {
 }
 
 kinds = pytest.mark.parametrize("kind", ["additive", "dot"])
+fillings = pytest.mark.parametrize(
+    "filled", [[1e3], [math.nan, 1e300, -math.inf, -1e300, math.inf]], ids=["1000", "all"]
+)
 layers = pytest.mark.parametrize("n_layers", [1, 2, 3])
 
 
@@ -71,6 +77,14 @@ def attend(ex, kind, weights, query, keys, lengths=None):
     return build(ex, kind, weights)(query, keys, lengths)
 
 
+def attend_in_turn(ex, kind, weights, *batches):
+    """One module for several batches, each (query, keys, lengths), one after the other."""
+    attention, results = build(ex, kind, weights), []
+    for query, keys, lengths in batches:
+        results.append(attention.to(keys.dtype)(query, keys, lengths))
+    return results
+
+
 def gradients(ex, kind, weights, query, keys, lengths, grad_context, grad_weights):
     """Of the parameters, the query and the keys."""
     attention = build(ex, kind, weights)
@@ -88,6 +102,17 @@ def decode(ex, weights, xs, states, keys, lengths=None):
         steps.append(decoder(x, states, keys, lengths))
         states = steps[-1][0]
     return steps
+
+
+def decode_in_turn(ex, weights, *sentences):
+    """One decoder for several sentences, each (xs, states, keys, lengths): the last steps."""
+    decoder, last = decoder_of(ex, weights, len(sentences[0][1])), []
+    for xs, states, keys, lengths in sentences:
+        for x in xs:
+            out = decoder(x, states, keys, lengths)
+            states = out[0]
+        last.append(out)
+    return last
 
 
 def decoder_gradients(ex, weights, xs, states, keys, lengths, upstream):
@@ -191,6 +216,12 @@ def padding(lengths=LENGTHS, n_keys=N_KEYS):
     return (torch.arange(n_keys) >= lengths[:, None])[..., None]
 
 
+def fill(x, mask, values):
+    """x with these values, in turn, where the mask is True."""
+    values = torch.tensor(values, dtype=x.dtype)
+    return x.where(~mask, values[torch.arange(x.numel()) % len(values)].view(x.shape))
+
+
 # --- the specs -----------------------------------------------------------------------------------
 
 
@@ -201,14 +232,14 @@ def test_averages_the_keys_by_the_softmax_of_their_scores(attempt, rng, kind, si
 
     out = attempt(attend, kind, weights, query, keys)
 
-    assert_close(out, attend(oracle, kind, weights, query, keys))
+    assert_close(out, attend(oracle, kind, weights, query, keys), **EXACT)
 
 
 @kinds
-@pytest.mark.parametrize("filled", [1e3, math.nan], ids=["1000", "nan"])
+@fillings
 def test_gives_padding_no_weight_whatever_it_holds(attempt, rng, kind, filled):
     weights, (query, keys) = make_weights(rng), make_inputs(rng, kind)
-    keys = keys.masked_fill(padding(), filled)
+    keys = fill(keys, padding(), filled)
 
     out = attempt(attend, kind, weights, query, keys, LENGTHS)
 
@@ -216,29 +247,72 @@ def test_gives_padding_no_weight_whatever_it_holds(attempt, rng, kind, filled):
 
 
 @kinds
-@pytest.mark.parametrize("filled", [1e3, math.nan], ids=["1000", "nan"])
+@fillings
 def test_sends_gradients_to_all_but_the_padding(attempt, rng, kind, filled):
     weights, (query, keys) = make_weights(rng), make_inputs(rng, kind)
-    keys = keys.masked_fill(padding(), filled)
+    keys = fill(keys, padding(), filled)
     upstream = randn(rng, BATCH, KEY_DIM), randn(rng, BATCH, N_KEYS)
 
     grads = attempt(gradients, kind, weights, query, keys, LENGTHS, *upstream)
 
     clean = keys.masked_fill(padding(), 0)
-    assert_close(grads, gradients(oracle, kind, weights, query, clean, LENGTHS, *upstream))
+    assert_close(grads, gradients(oracle, kind, weights, query, clean, LENGTHS, *upstream), **EXACT)
 
 
 @kinds
-def test_stays_exact_when_the_scores_are_far_too_large_for_exp(attempt, rng, kind):
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [(1e3, torch.float64), (1e40, torch.float64), (1e10, torch.float32)],
+    ids=["1000", "1e40", "1e10_float32"],
+)
+def test_stays_exact_for_scores_of_any_size(attempt, rng, kind, size, dtype):
+    # All are positive, and small enough for tanh, but for the signs of the rows' scores.
+    weights = {name: 0.1 * w.abs().to(dtype) for name, w in make_weights(rng).items()}
+    query, keys = (x.abs().to(dtype) for x in make_inputs(rng, kind, 4))
+    lengths, below = torch.tensor([2, 4, 1, 3]), torch.tensor([False, True, True, False])
+    if kind == "dot":
+        query, keys = query * size, keys * torch.where(below, -1, 1)[:, None, None]
+    else:
+        weights["score.weight"] *= -size
+        keys[~below] *= -3
+
+    out = attempt(attend, kind, weights, query, keys, lengths)
+
+    expected = attend(oracle, kind, weights, query, keys, lengths)
+    # A score of 1e3 carries an error of 1e-13 into its exp.
+    assert_close(out, expected, **({} if dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-9}))
+
+
+@kinds
+def test_takes_a_key_for_what_its_place_says_whatever_it_holds(attempt, rng, kind):
     weights, (query, keys) = make_weights(rng), make_inputs(rng, kind)
-    weights["score.weight"] *= 1e4
-    query, sign = query * 1e4 if kind == "dot" else query, torch.tensor([1.0, -1.0, 1.0])
-    keys = keys.abs() * sign.double()[:, None, None]
-    query = query.abs() if kind == "dot" else query  # all scores of row 1 are below −1000
+    keys[0, 1] = 0  # a key of zeros
+    keys[1, 3] = keys[0, 4]  # a key that equals padding
+    keys[2, 0] = 0  # the only key of its row
 
     out = attempt(attend, kind, weights, query, keys, LENGTHS)
 
-    assert_close(out, attend(oracle, kind, weights, query, keys, LENGTHS))
+    assert_close(out, attend(oracle, kind, weights, query, keys, LENGTHS), **EXACT)
+
+
+@kinds
+def test_begins_anew_at_every_call(attempt, rng, kind):
+    weights, (query, keys) = make_weights(rng), make_inputs(rng, kind)
+    batches = [
+        (query, keys[:, :3], torch.tensor([3, 1, 2])),
+        (query, keys, LENGTHS),  # longer
+        (query, 2 * keys, None),
+        (query, keys, torch.tensor([1, 4, 5])),
+        (query[:2], keys[:2], torch.tensor([5, 1])),  # fewer
+    ]
+
+    narrow = query.float(), keys.float(), LENGTHS
+    out = attempt(attend_in_turn, kind, weights, *batches, narrow)
+
+    expected = [attend(oracle, kind, weights, *batch) for batch in batches]
+    assert_close(out[:-1], expected, **EXACT)
+    weights = {name: w.float() for name, w in weights.items()}
+    assert_close(out[-1], attend(oracle, kind, weights, *narrow))
 
 
 @kinds
@@ -280,7 +354,21 @@ def test_decoder_asks_with_this_step_and_tells_all_later_cells(attempt, rng, n_l
 
     steps = attempt(decode, *inputs, LENGTHS)
 
-    assert_close(steps, decode(oracle, *inputs, LENGTHS))
+    assert_close(steps, decode(oracle, *inputs, LENGTHS), **EXACT)
+
+
+def test_decoder_begins_anew_with_every_sentence(attempt, rng):
+    weights, xs, states, keys = make_decoder_inputs(rng, n_layers=2)
+    sentences = [
+        (xs[:1], states, keys[:, :4], torch.tensor([2, 4, 1])),
+        (xs[:2], states, 3 * keys[:, 1:], None),  # another of the same shape
+        (xs, states, keys, LENGTHS),  # longer
+        (xs[:, 1:], states[:, 1:], keys[1:], None),  # fewer
+    ]
+
+    last = attempt(decode_in_turn, weights, *sentences)
+
+    assert_close(last, decode_in_turn(oracle, weights, *sentences), **EXACT)
 
 
 def test_decoder_sends_gradients_back_through_all_steps(attempt, rng):
@@ -289,7 +377,7 @@ def test_decoder_sends_gradients_back_through_all_steps(attempt, rng):
 
     grads = attempt(decoder_gradients, *inputs, LENGTHS, upstream)
 
-    assert_close(grads, decoder_gradients(oracle, *inputs, LENGTHS, upstream))
+    assert_close(grads, decoder_gradients(oracle, *inputs, LENGTHS, upstream), **EXACT)
 
 
 @kinds
@@ -301,8 +389,9 @@ def test_rejects_a_length_without_keys_or_beyond_them(attempt, rng, kind, wrong)
         attempt(attend, kind, weights, query, keys, torch.tensor([2, wrong, 3]))
 
 
-def test_dot_attention_rejects_a_query_of_another_width(attempt, rng):
-    query, keys = make_inputs(rng, "additive")
+@pytest.mark.parametrize("width", [1, 4, 9])
+def test_dot_attention_rejects_a_query_of_another_width(attempt, rng, width):
+    query, (_, keys) = randn(rng, BATCH, width), make_inputs(rng, "dot")
 
-    with pytest.raises(ValueError, match=r"(?s)(?=.*\b4\b).*\b6\b"):
+    with pytest.raises(ValueError, match=rf"(?s)(?=.*\b{width}\b).*\b6\b"):
         attempt(attend, "dot", {}, query, keys)

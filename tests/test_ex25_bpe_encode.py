@@ -4,7 +4,7 @@ import random
 import struct
 import sys
 import tracemalloc
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pydoc_data.topics import topics
 
 import numpy as np
@@ -41,8 +41,9 @@ def encode_with_digits_split(ex, learnt, texts):
 
 
 def decode(ex, learnt, specials, lists_of_ids):
+    """Each list of ids as a text; an iterator serves as well as a list."""
     tokenizer = ex.Tokenizer(*learnt, specials)
-    return [tokenizer.decode(ids) for ids in lists_of_ids]
+    return [tokenizer.decode(iter(ids)) for ids in lists_of_ids]
 
 
 def encode_and_decode(ex, learnt, specials, text):
@@ -57,6 +58,24 @@ def stream_all(ex, learnt, specials, texts_in_chunks):
         "✂".join(chunks): list(tokenizer.encode_iterable(iter(chunks)))
         for chunks in texts_in_chunks
     }
+
+
+def encode_in_turn(ex, learnt, other, texts):
+    """Two tokenizers, and the first with another pattern, text by text in turn."""
+    plain, strange = ex.Tokenizer(*learnt), ex.Tokenizer(*other, {"b--c": len(other[0])})
+    split = ex.Tokenizer(*learnt, {}, ex.SMOLLM2)
+    return [[tokenizer.encode(text) for tokenizer in (plain, strange, split)] for text in texts]
+
+
+def stream_two(ex, learnt, specials, some, others):
+    """The ids of two streams of one tokenizer, in turn, with another call after each."""
+    tokenizer, ids = ex.Tokenizer(*learnt, specials), ([], [])
+    streams = [tokenizer.encode_iterable(iter(chunks)) for chunks in (some, others)]
+    for pair in zip_longest(*streams):
+        for kept, i in zip(ids, pair, strict=True):
+            kept += [] if i is None else [i]
+            tokenizer.encode("b'")
+    return ids
 
 
 def stream(ex, learnt, specials, chunks):
@@ -217,6 +236,39 @@ def test_gives_the_ids_that_tokenizers_gives(attempt, np_rng, seed):
     assert_close(out, {text: tokenizer.encode(text).ids for text in texts})
 
 
+TEXTS_AS_THEY_ARE = [
+    "a\r\nb\r\n\r\nc\r",
+    "e\u0301 é E\u0301É ﬁ ½ Å",  # not normalised, capitals kept
+    " ",
+    "   ",
+    "a  ",
+    "\n\n a \n",
+    "\u00a0a\u3000b\t",
+    "abcba" * 60,
+    "\ufeffa\0\x7f\u200b\ufeff",
+]
+
+
+def test_changes_nothing_in_a_text_before_it_reads_it(attempt):
+    learnt = invented(8)
+
+    out = attempt(encode_plainly, learnt, TEXTS_AS_THEY_ARE)
+
+    tokenizer = oracle(learnt)
+    assert_close(out, {text: tokenizer.encode(text).ids for text in TEXTS_AS_THEY_ARE})
+
+
+def test_shares_no_words_with_another_tokenizer(attempt):
+    learnt, other = invented(9), invented(10)
+    texts = ["abc 11 abc", "ab--c 11 bca", "a", "abc 11 abc"]
+
+    out = attempt(encode_in_turn, learnt, other, texts)
+
+    oracles = oracle(learnt), oracle(other, ["b--c"]), oracle(learnt, split_digits=True)
+    expected = [[one.encode(text).ids for one in oracles] for text in texts]
+    assert_close(out, expected)
+
+
 def test_takes_another_pattern_of_words(attempt, np_rng):
     learnt = invented(3)
     texts = texts_of(np_rng, [*"aab   112²Ⅳ٣\n'!"])
@@ -230,6 +282,17 @@ def test_takes_another_pattern_of_words(attempt, np_rng):
 def test_cuts_special_tokens_out_first_the_longest_where_several_fit(attempt, np_rng):
     learnt, specials = invented(4), ["<|a|>", "<|a|><|a|>", "a*", "<|a|>b", "  ", "c,"]
     texts = texts_of(np_rng, [*specials, "<|", "a", "|>", "b", " ", "\n", "c", ",,", "'re"])
+
+    out = attempt(encode, learnt, numbered(learnt, *specials), texts)
+
+    tokenizer = oracle(learnt, specials)
+    assert_close(out, {text: tokenizer.encode(text).ids for text in texts})
+
+
+def test_finds_special_tokens_within_and_beside_each_other(attempt):
+    learnt, specials = invented(4), ["<|a|>", "a|>b", "<|a|>b", "||", "\n", "b--b", " b"]
+    texts = ["<|a|>b", "<|a|>bb", "<<|a|>>", "x<|a|>b", "a|>bb", "|||", "||||", "a\n\n b"]
+    texts += ["b--b--b", "  b b", "<|a||>", "<|a|>||b", "<|A|>B", ""]
 
     out = attempt(encode, learnt, numbered(learnt, *specials), texts)
 
@@ -261,7 +324,7 @@ def test_refuses_a_special_token_under_an_id_that_is_taken(attempt):
 def test_decodes_what_it_encoded(attempt, text):
     learnt = invented(5)
     specials = numbered(learnt, "<|é|>")
-    text = f"é{text}<|é|>{text}"
+    text = f" é{text}<|é|>{text} \n"
 
     out = attempt(encode_and_decode, learnt, specials, text)
 
@@ -307,6 +370,55 @@ def test_gives_the_same_ids_however_the_text_is_cut(attempt, np_rng):
     assert_close(out, expected)
 
 
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [],
+        [""],
+        ["", "a", "", "b", ""],
+        ["a ", " ", "  "],  # spaces at the end
+        [" ", "  "],
+        ["\n", "\n"],
+        ["a\n", "\n", ""],
+        ["a\r", "\nb", "\r\n"],
+        ["x<|a|", "><|a|>"],  # a special token that another begins with
+        ["<|a|><|a", "|>b"],
+        ["b*", "c!", "!"],  # "b*c" is one, and "*c!!" begins within it
+        ["b*c", "!!"],
+        ["*c", "!!b*", "c"],
+        ["*c!", "c!"],
+        ["x 1 2 3 y", " z"],  # of two beginnings the earlier is right
+        ["x 1 2 3 y", " w"],  # the later
+        ["ab x 1 2 3 y ", "z"],
+        ["p q r s*c", "!!"],  # "*c" lies within one that is done
+        ["<|", "<|a|>"],
+        ["e", "\u0301", " é"],
+    ],
+    ids="✂".join,
+)
+def test_waits_where_a_chunk_ends_within_what_belongs_together(attempt, chunks):
+    learnt, specials = invented(7), ["<|a|>", "<|a|><|a|>", "b*c", "*c!!", "c!"]
+    specials += ["x 1 2 3 y z", "y w", "p q r s*c"]
+
+    out = attempt(stream_all, learnt, numbered(learnt, *specials), [chunks])
+
+    ids = oracle(learnt, specials).encode("".join(chunks)).ids
+    assert_close(out, {"✂".join(chunks): ids})
+
+
+def test_keeps_two_streams_apart(attempt):
+    learnt, specials = invented(7), ["<|a|>"]
+    some, others = (
+        ["abc a", "b'r", "e <|a", "|> bb a"],
+        ["ca'", "rab", " aab", "b <|", "a|>", "c c"],
+    )
+
+    out = attempt(stream_two, learnt, numbered(learnt, *specials), some, others)
+
+    tokenizer = oracle(learnt, specials)
+    assert_close(out, tuple(tokenizer.encode("".join(chunks)).ids for chunks in (some, others)))
+
+
 def sure(tokenizer, text):
     """How many ids the rule calls sure, for a text in which no special token has begun."""
     pieces = tokenizer.pre_tokenizer.pre_tokenize_str(text)
@@ -329,6 +441,17 @@ def test_gives_each_id_before_it_asks_for_more_than_it_needs(attempt, n):
         assert asked <= needed, (
             f"id {k} was sure after {needed} of {len(chunks)} chunks, and came after {asked}"
         )
+
+
+def test_holds_no_special_token_back_that_is_whole(attempt):
+    learnt, chunks = by_merging("1 1"), ["a b c<|end|>", " d", " e"]
+
+    out = attempt(stream, learnt, {"<|end|>": 300}, chunks)
+
+    assert_close(out["ids"], [97, 32, 98, 32, 99, 300, 32, 100, 32, 101])
+    # Sure are "a" and " b" after the first chunk, " c" after the second, and then the rest.
+    late = [k for k, n in enumerate([1, 1, 1, 2, 2]) if out["asked"][k] > n]
+    assert not late, f"ids {late} came after {out['asked']} chunks"
 
 
 def test_forgets_the_text_that_is_done(attempt):

@@ -39,6 +39,16 @@ def decode(ex, names, ids):
     return tokenizer(ex, names).decode(ids)
 
 
+def one_after_the_other(ex, names, texts):
+    """The ids and the texts of one tokenizer that reads them all; another keeps digits together."""
+    made, other = tokenizer(ex, names), tokenizer(ex, names, split_digits=False)
+    out = []
+    for text in texts:
+        ids = made.encode(text)
+        out.append({"ids": ids, "together": other.encode(text), "text": made.decode(ids)})
+    return out
+
+
 def there_and_back(ex, names, text):
     made = tokenizer(ex, names)
     ids = made.encode(text)
@@ -102,6 +112,43 @@ def test_goes_by_the_scores_and_not_by_the_ids(attempt, np_rng):
     assert_close(pieces, oracle().encode(text, out_type=str))
 
 
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("quid", "▁ qui d"),  # no "q" is a piece, and "qu" is none either
+        ("uiqui", "▁ ui qui"),
+        ("éèéè", "▁ éè éè"),
+        ("abc bcab", "▁ ab c ▁ bc ab"),  # ab and bc score alike
+        ("xyz", "▁ xy z"),  # as do xy and yz, whose id is smaller
+        ("mnop", "▁ mn op"),  # and mn and nop, which is longer
+        ("٢٤24", "▁ ٢٤ 2 4"),
+        ("eeeee", "▁ ee eee"),
+        ("high", "▁hi gh"),  # hi and gh have the lowest scores of all
+    ],
+)  # fmt: skip
+def test_merges_any_two_that_together_are_a_piece(attempt, text, pieces):
+    # Some pieces can be made of no two pieces, some scores are equal, some above 0 or far below.
+    scored = "▁ -20 ui -9 qui -10 d -20 éè -8 ab -1 bc -1 c -20 a -20 ee -5 eee -6 e -20 ▁hi 0.5 "
+    scored += "gh -1e30 hi 1 g -20 h -20 i -20 yz -4 xy -4 z -20 op -3 nop -4 mn -4 "
+    scored += "٢٤ -4 24 -4 2 -20 4 -20"
+    names, scores = scored.split(" ")[::2], [float(score) for score in scored.split(" ")[1::2]]
+
+    out = attempt(encode_by_scores, " ".join(names), scores, text)
+
+    assert_close(out, pieces.split(" "))
+
+
+def test_begins_anew_with_every_text(attempt):
+    texts = ["low", "the lowest 2024", "low 🙂 2025", "", "24 low"]
+
+    out = attempt(one_after_the_other, vocabulary(), texts)
+
+    alone = [attempt(one_after_the_other, vocabulary(), [text])[0] for text in texts]
+    assert_close(out, alone)
+    assert_close([of["ids"] for of in out], [oracle().encode(text) for text in texts])
+    assert_close([of["text"] for of in out], texts)
+
+
 @pytest.mark.parametrize("text", ["baaaaa", "aaaaaaa", "eseses", "lololow"])
 def test_merges_the_leftmost_of_equal_pairs(attempt, text):
     ids = attempt(encode, vocabulary(), text)
@@ -111,7 +158,18 @@ def test_merges_the_leftmost_of_equal_pairs(attempt, text):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "low", "low low", " low", "   low    the  ", " ", "   ", "\nlow\t low\n", "low▁low_low"],
+    [
+        "",
+        "low",
+        "low low",
+        " low",
+        "   low    the  ",
+        " ",
+        "   ",
+        "\nlow\t low\n",
+        "low▁low_low",
+        "a\u00a0b\u3000c\r\nlow ",
+    ],
     ids=[
         "nothing",
         "word",
@@ -122,6 +180,7 @@ def test_merges_the_leftmost_of_equal_pairs(attempt, text):
         "3",
         "newline_and_tab",
         "written_out",
+        "other_spaces",
     ],
 )
 def test_puts_a_space_before_the_text_and_keeps_all_others(attempt, text):
@@ -148,8 +207,8 @@ def test_merges_digits_where_they_need_not_stay_apart(attempt, text):
 
 @pytest.mark.parametrize(
     "text",
-    ["🙂", "low 🙂🙃 the", "ñ ñandú", "中日本", "e\u0301 𝄞\u200b", "\x00\x7f"],
-    ids=["alone", "two", "latin", "beside_known", "combining", "control"],
+    ["🙂", "low 🙂🙃 the", "ñ ñandú", "中日本", "e\u0301 é ﬁ ½", "𝄞\u200b", "\x00\x7f\r\n"],
+    ids=["alone", "two", "latin", "beside_known", "not_normalised", "invisible", "control"],
 )
 def test_falls_back_to_the_bytes_of_an_unknown_character(attempt, text):
     ids = attempt(encode, vocabulary(), text)
@@ -162,6 +221,15 @@ def test_takes_no_text_for_a_special_or_a_byte(attempt, text):
     ids = attempt(encode, vocabulary(), text)
 
     assert_close(ids, oracle().encode(text))
+
+
+def test_takes_no_text_for_a_byte_even_if_its_pieces_lead_there(attempt):
+    names, text = "<0 <0x <0x4 <0x41 < 0 x 4 1 >", "<0x41>"
+
+    ids = attempt(encode, names, text, split_digits=False)
+
+    # The space has no piece here, and is three bytes.
+    assert_close(ids, [*(3 + byte for byte in "▁".encode()), 259 + 3, 259 + 9])
 
 
 # --- decode --------------------------------------------------------------------------------------
@@ -186,10 +254,22 @@ def test_reads_neighbouring_bytes_as_utf_8_together(attempt, read, before):
     assert_close(text, oracle().decode(ids))
 
 
+@pytest.mark.parametrize("between", ["<s>", "</s>", "<unk>", "▁low", "low"])
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
+def test_reads_no_character_across_another_id(attempt, between, at):
+    ids = [3 + byte for byte in SMILE + SMILE]
+    ids.insert(at, id_of(between))
+
+    text = attempt(decode, vocabulary(), ids)
+
+    assert_close(text, oracle().decode(ids))
+
+
 @pytest.mark.parametrize(
     "names",
     [[], ["▁low", "▁the"], ["low", "▁the"], ["▁", "low"], ["▁▁", "low", "▁▁"], ["▁", "▁▁", "▁low"],
-     ["<s>", "▁low", "</s>"], ["<s>", "▁", "▁low"], ["<unk>", "▁low", "<unk>"]],
+     ["<s>", "▁low", "</s>"], ["<s>", "▁", "▁low"], ["<unk>", "▁low", "<unk>"],
+     ["</s>", "<s>", "▁low", "</s>", "▁the"], ["▁", "</s>", "▁low"], ["<s>", "<unk>", "▁low"]],
     ids=lambda names: " ".join(names) or "nothing",
 )  # fmt: skip
 def test_takes_away_only_the_space_that_encode_has_put_there(attempt, names):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kata.testing import assert_close
@@ -26,6 +26,22 @@ def chain(ex, logits, tokens):
     out = ex.repetition_penalty(logits, tokens, 1.3)
     out = ex.top_p(ex.top_k(ex.temperature(out, 0.7), 6), 0.8)
     return torch.softmax(ex.min_p(out, 0.1), dim=-1)
+
+
+def each_of_them(ex, logits, tokens):
+    """What each function makes of the logits."""
+    return {
+        "temperature": ex.temperature(logits, 0.5),
+        "temperature 0": ex.temperature(logits, 0.0),
+        "top_k": ex.top_k(logits, 2),
+        "top_p": ex.top_p(logits, 0.9),
+        "min_p": ex.min_p(logits, 0.1),
+        "repetition_penalty": ex.repetition_penalty(logits, tokens, 2.0),
+    }
+
+
+def top_p_of_each(ex, logits, shares):
+    return torch.stack([ex.top_p(logits, p) for p in shares])
 
 
 def sample(ex, logits, u):
@@ -59,7 +75,8 @@ def their_chain(logits, tokens):
 
 
 def random_logits(rng, *shape):
-    return 2 * torch.randn(*shape, generator=rng, dtype=torch.float64)
+    """Not contiguous."""
+    return 2 * torch.randn(*shape, 2, generator=rng, dtype=torch.float64)[..., 0]
 
 
 def logits_of(*probabilities):
@@ -89,7 +106,8 @@ def test_leaves_the_distribution_that_transformers_leaves(attempt, rng, name, va
 
     out = attempt(distribution, name, logits, value)
 
-    assert_close(out, theirs(name, logits, value))
+    # Nothing is rounded to float32, which would cost 6e-8.
+    assert_close(out, theirs(name, logits, value), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("penalty", [1.8, 0.6])
@@ -97,6 +115,7 @@ def test_penalises_each_used_token_once(attempt, rng, penalty):
     logits = random_logits(rng, 3, 2, 11)
     tokens = torch.randint(11, (3, 2, 7), generator=rng)
     tokens[..., 4:] = tokens[..., :3]  # so that some occur twice at least
+    logits[0, 0, tokens[0, 0, :2]] = torch.tensor([-math.inf, 0.0], dtype=torch.float64)
 
     out = attempt(distribution, "repetition_penalty", logits, tokens, penalty)
     none = attempt(distribution, "repetition_penalty", logits, tokens[..., :0], penalty)
@@ -118,7 +137,8 @@ def test_temperature_zero_leaves_the_best_token_alone(attempt):
 
     out = attempt(distribution, "temperature", logits, 0.0)
 
-    assert_close(out["probabilities"], torch.tensor([[[0.0, 1, 0, 0], [1, 0, 0, 0]]]))
+    inf = math.inf
+    assert_close(out["logits"], torch.tensor([[[-inf, 3, -inf, -inf], [-5, -inf, -inf, -inf]]]))
 
 
 def test_top_k_keeps_all_that_tie_for_the_last_place(attempt):
@@ -138,6 +158,28 @@ def test_top_p_keeps_the_token_that_crosses_p(attempt):
 
     assert_close(two, torch.tensor([0, 4, 0, 3], dtype=torch.float64) / 7)
     assert_close(three, torch.tensor([0, 4, 2, 3], dtype=torch.float64) / 9)
+
+
+def test_top_p_keeps_no_token_more_where_the_likelier_ones_have_p_exactly(attempt):
+    # Powers of 2, which no sum rounds.
+    logits = torch.tensor([0.25, 0.5, 0.25], dtype=torch.float64).log()
+
+    out = attempt(distribution, "top_p", logits, 0.5)["probabilities"]
+
+    assert_close(out, torch.tensor([0, 1, 0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_top_p_adds_up_in_float64(attempt, rng, dtype):
+    logits = (2 * torch.randn(200, generator=rng)).to(dtype)  # in bfloat16 many are equal
+    above = logits > logits[:, None]
+    likelier = (above * torch.softmax(logits.double(), dim=-1)).sum(dim=-1)
+    sums = likelier.unique()[1:60:4]
+    shares = torch.cat([sums - 1e-10, sums + 1e-10])  # just too little, and just enough
+
+    out = attempt(top_p_of_each, logits, shares.tolist())
+
+    assert_close(out, logits.masked_fill(likelier >= shares[:, None], -math.inf))
 
 
 def test_top_p_treats_equal_tokens_alike(attempt):
@@ -162,18 +204,43 @@ def test_top_p_rejects_what_is_no_share(attempt, p):
         attempt(distribution, "top_p", logits_of(0.5, 0.5), p)
 
 
-@given(n=st.integers(1, 9), seed=st.integers(0, 999))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_each_keeps_the_dtype_of_the_logits(attempt, dtype):
+    # Halves, doubles and what stays are exact in each dtype.
+    logits, inf = torch.tensor([0.5, 3.0, -2.0, 1.0], dtype=dtype), math.inf
+
+    out = attempt(each_of_them, logits, torch.tensor([2, 0, 2]))
+
+    expected = {
+        "temperature": [1, 6, -4, 2],
+        "temperature 0": [-inf, 3, -inf, -inf],
+        "top_k": [-inf, 3, -inf, 1],
+        "top_p": [-inf, 3, -inf, 1],
+        "min_p": [-inf, 3, -inf, 1],
+        "repetition_penalty": [0.25, 3, -4, 1],
+    }
+    expected = {name: torch.tensor(row, dtype=dtype) for name, row in expected.items()}
+    assert_close(out, expected, rtol=0, atol=0)
+
+
+@given(
+    n=st.integers(1, 9),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 999),
+)
 @settings(max_examples=15)
-def test_sample_gives_each_token_its_share_of_the_numbers_below_one(attempt, n, seed):
+@example(n=9, dtype=torch.float32, seed=0)
+@example(n=9, dtype=torch.bfloat16, seed=1)
+def test_sample_gives_each_token_its_share_of_the_numbers_below_one(attempt, n, dtype, seed):
     np_rng = np.random.default_rng(seed)
-    shares = np_rng.dirichlet(np.full(n, 0.7), size=2) + 1e-6
+    logits = torch.from_numpy(np.log(np_rng.dirichlet(np.full(n, 0.7), size=2) + 1e-6)).to(dtype)
+    shares = np.exp(logits.double().numpy())
     ends = np.cumsum(shares, -1) / shares.sum(-1, keepdims=True)
     # Just inside either end of the interval that belongs to each token.
     starts = np.concatenate([np.zeros((2, 1)), ends[:, :-1]], -1)
     u = torch.from_numpy(np.concatenate([starts + 1e-9, ends - 1e-9], -1))
-    logits = torch.from_numpy(np.log(shares))[:, None].expand(2, 2 * n, n)
 
-    out = attempt(sample, logits, u)
+    out = attempt(sample, logits[:, None].expand(2, 2 * n, n), u)
 
     assert_close(out, torch.arange(n).repeat(2, 2))
 
