@@ -48,12 +48,15 @@ class Attention(Function):
     causal: bool; query i sees keys 0 … i then, and all keys otherwise
     out:    (..., n_queries, value_dim) dtype of q
 
-    The leading dimensions are the same everywhere. Scores of any size give finite results. With
-    causal, n_keys other than n_queries raises ValueError, which gives both.
-    Kept for backward through ctx.save_for_backward: q, k, v, one tensor of the weights' size, and
-    no more than the result besides. Backward computes four matrix products. A second derivative
-    is right, or refused with a RuntimeError, as `once_differentiable` does; it is never silently
-    wrong.
+    The leading dimensions are the same everywhere. Scores and softmax are computed in float32, or
+    in float64 where q is, so that scores of any size give finite results. The weights may be
+    rounded to the dtype of q before they meet anything else. With causal, n_keys other than
+    n_queries raises ValueError, which gives both.
+    Kept for backward through ctx.save_for_backward: q, k, v, one tensor of as many numbers as
+    there are weights, and no more than the result besides, all in a dtype that occurs above; on
+    ctx itself nothing but plain values. Backward computes four matrix products. A second
+    derivative is right, or refused with a RuntimeError, as `once_differentiable` does; it is
+    never silently wrong.
     """
 
     @staticmethod

@@ -24,7 +24,7 @@ class FeedForward(nn.Module):
     """Two linear layers with ReLU between them, at each position alone.
 
     Its only parameters are those of two nn.Linear with bias: w_1, d_model to d_ff wide, and
-    w_2, d_ff to d_model wide.
+    w_2, d_ff to d_model wide. How they start is up to you.
     """
 
     def __init__(self, d_model: int, d_ff: int, dropout: float = 0.0) -> None:
@@ -35,7 +35,8 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Widen, bend, drop, narrow. x, returns: (..., d_model).
 
-        Numbers are dropped between ReLU and w_2, by torch's dropout; none from the result.
+        Numbers are dropped between ReLU and w_2, by torch's dropout, each by itself and anew at
+        every call; none from the result.
         """
         raise NotImplementedError("exercise 34 is not written yet")
 
@@ -45,7 +46,8 @@ class Block(nn.Module):
 
     attn and ff:     the two branches; attn has no dropout inside
     norm_1, norm_2:  a LayerNorm for each, eps 1e-5
-    dropout:         for what a branch returns, before it is added
+    dropout:         for what a branch returns, before it is added; each number of each branch is
+                     drawn by itself, anew at every call
     """
 
     def __init__(

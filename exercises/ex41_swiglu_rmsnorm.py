@@ -34,8 +34,8 @@ class RMSNorm(nn.Module):
 
         Squares, mean, root and quotient are taken in float32, or in float64 where x is. The
         rounding to a narrower x comes behind them, before the weight or after it: both are in
-        use. An x of another width raises ValueError, which gives that width and d_model, even
-        if it would broadcast.
+        use. The weight itself is not rounded. An x of another width raises ValueError, which
+        gives that width and d_model, even if it would broadcast.
         """
         raise NotImplementedError("exercise 41 is not written yet")
 
@@ -49,7 +49,7 @@ class SwiGLU(nn.Module):
     """
 
     def __init__(self, d_model: int, d_ff: int) -> None:
-        """Make the three projections."""
+        """Make the three projections. How they start is up to you."""
         super().__init__()
         raise NotImplementedError("exercise 41 is not written yet")
 

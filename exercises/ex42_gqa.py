@@ -27,7 +27,9 @@ def grouped_query_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
              may see a key, as in exercise 31
     returns: (batch, n_heads, n_queries, value_dim), dtype of q
 
-    Raises ValueError unless n_heads is a multiple of n_kv_heads. The message gives both.
+    Scores and softmax are computed in float32 at least, as in exercise 31, so that scores of any
+    size give finite results. Raises ValueError unless n_heads is a multiple of n_kv_heads. The
+    message gives both.
     """
     raise NotImplementedError("exercise 42 is not written yet")
 

@@ -73,8 +73,9 @@ def attend_with_cache(
     n_pad:       (batch,) int64, how many of each sequence's first tokens are padding
     returns:     (batch, n_heads, n_new, head_dim), dtype of q
 
-    Tokens stand in the order they came, the first one at position 0. No query sees padding. The
-    result of a query that is padding itself means nothing, but must be finite: a NaN would reach
-    every token through the next layer, since 0 · NaN is NaN.
+    Tokens stand in the order they came, the first one at position 0, and angles are float64,
+    whatever the dtype of q. Scores of any size give finite results. No query sees padding, where
+    anything finite may stand. The result of a query that is padding itself means nothing, but
+    must be finite: a NaN would reach every token through the next layer, since 0 · NaN is NaN.
     """
     raise NotImplementedError("exercise 43 is not written yet")

@@ -21,15 +21,17 @@ def scaled_dot_product_attention(
     """Average the values, weighted by how well each key matches each query.
 
     q:       (..., n_queries, head_dim) floating point of any precision
-    k:       (..., n_keys, head_dim)
-    v:       (..., n_keys, value_dim)
+    k:       (..., n_keys, head_dim), dtype of q
+    v:       (..., n_keys, value_dim), dtype of q
     mask:    (..., n_queries, n_keys) bool, True where a query may see a key
     returns: (..., n_queries, value_dim), dtype of q
 
-    Leading dimensions broadcast, and a mask may have 1 in the place of n_queries. Scores
-    of any size give finite results. Every query may see at least one key. A mask that is
-    not bool raises TypeError, which says that it must be: float masks follow another
-    convention, and confusing the two fails silently.
+    Leading dimensions broadcast, and a mask may have 1 in the place of n_queries. Scores and
+    softmax are computed in float32, or in float64 where q is, so that scores of any size give
+    finite results: in float16 the product of 300 and 300 is infinite already. The weights may
+    be rounded to the dtype of q before they meet the values. What comes in is finite, and every
+    query may see at least one key. A mask that is not bool raises TypeError, which says that
+    it must be: float masks follow another convention, and confusing the two fails silently.
     """
     # solution
     if mask is not None and mask.dtype != torch.bool:
@@ -37,8 +39,9 @@ def scaled_dot_product_attention(
 
     # A sum of head_dim products of unit variance has variance head_dim. Dividing by
     # its root keeps the softmax off its flat ends, where gradients vanish.
-    scores = q @ k.mT / math.sqrt(q.shape[-1])  # (..., n_queries, n_keys)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = q.to(wide) @ k.to(wide).mT / math.sqrt(q.shape[-1])  # (..., n_queries, n_keys)
     if mask is not None:
         # Before the softmax: zeroing weights after it would break their sum.
         scores = scores.masked_fill(~mask, -math.inf)
-    return torch.softmax(scores, dim=-1) @ v
+    return torch.softmax(scores, dim=-1).to(q.dtype) @ v

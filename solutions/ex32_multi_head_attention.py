@@ -60,9 +60,10 @@ class MultiHeadAttention(nn.Module):
         returns: (batch, n_queries, d_model), dtype of x, which is that of the weights
 
         A causal layer lets position t see positions 0 … t and, of these, only what a mask
-        allows as well. Every query may see at least one key. Any scaled dot-product attention
-        may be used, your own of exercise 31 or torch's. A context given to a causal layer
-        raises ValueError: positions of two sequences have no common order.
+        allows as well. Every query may see at least one key, and scores of any size give finite
+        results. Any scaled dot-product attention may be used, your own of exercise 31 or torch's.
+        A context given to a causal layer raises ValueError: positions of two sequences have no
+        common order.
         """
         # solution
         if self.causal and context is not None:

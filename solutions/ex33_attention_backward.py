@@ -54,12 +54,15 @@ class Attention(Function):
     causal: bool; query i sees keys 0 … i then, and all keys otherwise
     out:    (..., n_queries, value_dim) dtype of q
 
-    The leading dimensions are the same everywhere. Scores of any size give finite results. With
-    causal, n_keys other than n_queries raises ValueError, which gives both.
-    Kept for backward through ctx.save_for_backward: q, k, v, one tensor of the weights' size, and
-    no more than the result besides. Backward computes four matrix products. A second derivative
-    is right, or refused with a RuntimeError, as `once_differentiable` does; it is never silently
-    wrong.
+    The leading dimensions are the same everywhere. Scores and softmax are computed in float32, or
+    in float64 where q is, so that scores of any size give finite results. The weights may be
+    rounded to the dtype of q before they meet anything else. With causal, n_keys other than
+    n_queries raises ValueError, which gives both.
+    Kept for backward through ctx.save_for_backward: q, k, v, one tensor of as many numbers as
+    there are weights, and no more than the result besides, all in a dtype that occurs above; on
+    ctx itself nothing but plain values. Backward computes four matrix products. A second
+    derivative is right, or refused with a RuntimeError, as `once_differentiable` does; it is
+    never silently wrong.
     """
 
     @staticmethod
@@ -111,9 +114,10 @@ def _scores(q: Tensor, k: Tensor, causal: bool) -> Tensor:
     n_queries, n_keys = q.shape[-2], k.shape[-2]
     if causal and n_queries != n_keys:
         raise ValueError(f"causal needs as many keys as queries, got {n_keys} and {n_queries}")
-    # In bfloat16 a log-sum-exp of 20 is off by up to 1/16, and all weights with it.
+    # In bfloat16 a log-sum-exp of 20 is off by up to 1/16, and all weights with it; in float16
+    # the product of 300 and 300 is infinite.
     wide = torch.promote_types(q.dtype, torch.float32)
-    scores = (q @ k.mT).to(wide) / math.sqrt(q.shape[-1])
+    scores = q.to(wide) @ k.to(wide).mT / math.sqrt(q.shape[-1])
     if causal:
         future = torch.ones(n_queries, n_keys, dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(future, -math.inf)

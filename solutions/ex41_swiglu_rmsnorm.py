@@ -36,8 +36,8 @@ class RMSNorm(nn.Module):
 
         Squares, mean, root and quotient are taken in float32, or in float64 where x is. The
         rounding to a narrower x comes behind them, before the weight or after it: both are in
-        use. An x of another width raises ValueError, which gives that width and d_model, even
-        if it would broadcast.
+        use. The weight itself is not rounded. An x of another width raises ValueError, which
+        gives that width and d_model, even if it would broadcast.
         """
         # solution
         d_model = len(self.weight)
@@ -57,7 +57,7 @@ class SwiGLU(nn.Module):
     """
 
     def __init__(self, d_model: int, d_ff: int) -> None:
-        """Make the three projections."""
+        """Make the three projections. How they start is up to you."""
         super().__init__()
         # solution
         self.gate_proj = nn.Linear(d_model, d_ff, bias=False)

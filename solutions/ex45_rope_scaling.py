@@ -15,6 +15,10 @@ theta^(−2i / head_dim) as in exercise 40:
 YaRN also multiplies queries and keys by 1 + 0.1 ln factor, which sharpens the softmax over
 more keys.
 
+From exercise 40 come rope_frequencies(head_dim, theta), the θᵢ as (head_dim // 2,) float64, and
+apply_rope_half(x, positions, frequencies), which turns x (..., seq_len, head_dim) by the angles
+positions · frequencies, with positions (seq_len,).
+
 Sources: Chen et al. 2023, https://arxiv.org/abs/2306.15595 (linear);
     Peng et al. 2023, "YaRN", sections 3.1 to 3.4, https://arxiv.org/abs/2309.00071;
     Grattafiori et al. 2024, "The Llama 3 Herd of Models", https://arxiv.org/abs/2407.21783
@@ -101,7 +105,8 @@ def yarn_frequencies(
 
     The ramp rᵢ is 0 up to place(beta_fast), rounded down to a whole number and at least 0. It
     is 1 from place(beta_slow) on, rounded up and at most head_dim − 1: not the last place of a
-    pair, head_dim / 2 − 1, but so it was published. Between them it grows evenly with i.
+    pair, head_dim / 2 − 1, but so it was published. Between them it grows evenly with i. Where
+    both ends are one place, it is 0 up to there and 1 behind.
 
     All else as in linear_frequencies.
     """
@@ -113,7 +118,9 @@ def yarn_frequencies(
 
     low = max(math.floor(place(beta_fast)), 0)
     high = min(math.ceil(place(beta_slow)), head_dim - 1)
-    ramp = ((torch.arange(head_dim // 2, dtype=torch.float64) - low) / (high - low)).clamp(0, 1)
+    # Whole numbers lie 1 apart or are the same, and then the ramp is a step.
+    steps = max(high - low, 1)
+    ramp = ((torch.arange(head_dim // 2, dtype=torch.float64) - low) / steps).clamp(0, 1)
     frequencies = rope_frequencies(head_dim, theta)
     return ramp * frequencies / factor + (1 - ramp) * frequencies
 
@@ -134,7 +141,10 @@ def attend_with_rope(
                       are its two halves, and positions count from 0
     frequencies:      (head_dim // 2,) float64, radians per position
     attention_factor: multiplies each turned query and each turned key
-    returns:          (batch, n_heads, seq_len, head_dim)
+    returns:          (batch, n_heads, seq_len, head_dim), dtype of q
+
+    Angles are float64, whatever the dtype of q, as apply_rope_half takes them. Scores of any size
+    give finite results. Any scaled dot-product attention may be used, torch's too.
     """
     # solution
     positions = torch.arange(q.shape[-2], device=q.device)

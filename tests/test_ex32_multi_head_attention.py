@@ -62,6 +62,16 @@ def attend_causally(ex, n_heads, weights, x, context=None, mask=None):
     return build(ex, n_heads, True, weights)(x, context, mask)
 
 
+def attend_in_turn(ex, n_heads, causal, weights, calls):
+    """One layer, for each (x, mask) of the calls."""
+    layer = build(ex, n_heads, causal, weights)
+    return [layer(x, None, mask) for x, mask in calls]
+
+
+def fresh(ex, d_model):
+    return ex.MultiHeadAttention(d_model, 3).state_dict()
+
+
 def gradients(ex, n_heads, weights, x, context, mask, upstream):
     """The gradients of all weights and of what comes in, given that of the result."""
     layer = build(ex, n_heads, False, weights)
@@ -157,6 +167,76 @@ def test_hides_what_the_mask_hides_in_a_causal_layer_too(attempt, rng, shape):
 
     past = torch.ones(N_QUERIES, N_QUERIES, dtype=torch.bool).tril()
     assert_close(out, expected_from(oracle(3, weights), x, mask=mask & past))
+
+
+def by_level(weights, size):
+    """Weights with which each key scores ±`size` times the first feature of its row, or more."""
+    first = torch.zeros(D_MODEL, D_MODEL, dtype=torch.float64)
+    first[:, 0] = 1.0
+    return weights | {
+        "q_proj.weight": torch.zeros_like(first),
+        "q_proj.bias": torch.full((D_MODEL,), size, dtype=torch.float64),
+        "k_proj.weight": first,
+        "k_proj.bias": torch.zeros(D_MODEL, dtype=torch.float64),
+    }
+
+
+def test_gives_the_one_key_that_is_seen_all_the_weight_however_low_it_scores(attempt, rng):
+    weights, x, context = make_weights(rng), make_rows(rng, 3, batch=5), make_rows(rng, 5, batch=5)
+    seen = torch.eye(5, dtype=torch.bool)  # in each row of the batch another one
+    context[..., 0] = torch.where(seen, -1.0, 1.0)
+
+    out = attempt(attend, 3, by_level(weights, 1e12), x, context, seen[:, None, None])
+
+    v = context[seen] @ weights["v_proj.weight"].mT + weights["v_proj.bias"]
+    expected = v @ weights["o_proj.weight"].mT + weights["o_proj.bias"]
+    assert_close(out, expected[:, None].expand(-1, 3, -1))
+
+
+def test_sees_nothing_of_the_future_however_low_the_past_scores(attempt, rng):
+    weights, x = make_weights(rng), make_rows(rng, 5)
+    x[..., 0] = torch.tensor([-4.0, -3.0, -2.0, 1.0, 2.0])
+
+    out = attempt(attend_causally, 3, by_level(weights, 1e12), x)
+
+    # Scores grow with the key: a query's own position has all the weight.
+    v = x @ weights["v_proj.weight"].mT + weights["v_proj.bias"]
+    assert_close(out, v @ weights["o_proj.weight"].mT + weights["o_proj.bias"])
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["plain", "causal"])
+def test_keeps_nothing_from_one_call_to_the_next(attempt, rng, causal):
+    weights, xs = make_weights(rng), [make_rows(rng, n) for n in (4, 9, 4)]
+    xs[1] = xs[1].mT.contiguous().mT  # another layout, too
+    masks = [make_mask(rng, 4, 4), None, None]
+
+    outs = attempt(attend_in_turn, 3, causal, weights, list(zip(xs, masks, strict=True)))
+
+    layer = oracle(3, weights)
+    for out, x, mask in zip(outs, xs, masks, strict=True):
+        past = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+        seen = (past if mask is None else past & mask) if causal else mask
+        assert_close(out, expected_from(layer, x, mask=seen))
+
+
+def test_starts_as_linear_layers_start(attempt):
+    d_model = 96
+
+    state = attempt(fresh, d_model)
+
+    # Uniform between ±1/√d_model, each number by itself. Of 9216 numbers seven spreads of the mean
+    # square are 7 · √(4/45) / 96 of the bound's square, and 9216 numbers leave no gap of 0.01.
+    bound = 1 / d_model**0.5
+    for name in PROJECTIONS:
+        weight, bias = (state[f"{name}.{kind}"].double() / bound for kind in ("weight", "bias"))
+        square = float(weight.square().mean())
+        assert 0.99 < weight.abs().max() <= 1.0, f"{name}.weight must reach ±1/√d_model, no more"
+        assert abs(square - 1 / 3) < 0.022, (
+            f"{name}.weight must be uniform, got {square:.3f} of 1/3"
+        )
+        assert 0.5 < bias.abs().max() <= 1.0, f"{name}.bias must reach ±1/√d_model, no more"
+    first = torch.stack([state[f"{name}.weight"][0] for name in PROJECTIONS])
+    assert len(first.unique(dim=0)) == 4, "two projections start with the same numbers"
 
 
 def test_sends_gradients_to_every_weight_and_to_both_inputs(attempt, rng):

@@ -53,6 +53,15 @@ def attend_twice(ex, kind, q, k, v, causal, direction):
         return "refused"
 
 
+def attend_in_turn(ex, kind, first, second):
+    """Two texts, the second read before the gradients of the first are asked for."""
+    graphs = []
+    for q, k, v, causal, grad_out in (first, second):
+        inputs = [x.requires_grad_() for x in (q, k, v)]
+        graphs.append((getattr(ex, kind).apply(*inputs, causal), inputs, grad_out))
+    return [grad(*graph) for graph in graphs]
+
+
 def check(ex, kind, q, k, v, causal):
     inputs = [x.requires_grad_() for x in (q, k, v)]
     return gradcheck(getattr(ex, kind).apply, (*inputs, causal))
@@ -195,6 +204,49 @@ def test_stays_exact_when_the_scores_are_far_too_large_for_exp(attempt, rng, kin
 
 
 @kinds
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float64, 1e5), (torch.float32, 1e10)])
+def test_sees_nothing_of_the_future_however_low_the_past_scores(attempt, rng, kind, dtype, size):
+    q, k, v, grad_out = (x.to(dtype) for x in make_inputs(rng, 5))
+    q = torch.full_like(q, size)
+    k = torch.tensor([-4.0, -3.0, -2.0, 1.0, 2.0], dtype=dtype)[:, None].expand(5, 4)
+
+    out, _, _, dv = attempt(attend, kind, q, k, v, True, grad_out)
+
+    # Scores grow with the key: of what a query sees, its own position has all the weight.
+    assert_close((out, dv), (v, grad_out))
+
+
+@kinds
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_takes_float16_whose_products_are_too_large_for_float16(attempt, rng, kind, sign):
+    _, _, v, grad_out = (x.half() for x in make_inputs(rng))
+    q, k = torch.full((3, 4), 300.0).half(), torch.full((5, 4), 300.0 * sign).half()
+
+    results = attempt(attend, kind, q, k, v, False, grad_out)
+
+    expected = attend(oracle, kind, *(x.double() for x in (q, k, v)), False, grad_out.double())
+    # Gradients of scores are rounded to eps of about 2; in dq and dk 300/√4 of up to 5 add up.
+    eps = torch.finfo(torch.float16).eps
+    for result, wide, largest in zip(results, expected, [1, 750, 750, 1], strict=True):
+        assert_close(result, wide.half(), rtol=0.0, atol=4 * eps * largest)
+
+
+@kinds
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rounds_to_the_dtype_of_its_inputs_after_the_softmax(attempt, rng, kind, dtype):
+    inputs = make_inputs(rng, 20, 20, batch=(2,))
+    q, k, v, grad_out = (x.to(dtype) for x in inputs)
+    q, v = 6 * q, v / v.abs().amax()  # scores up to 40, which half a precision rounds by 1/16
+
+    out, *_ = attempt(attend, kind, q, k, v, True, grad_out)
+
+    wide = (x.double() for x in (q, k, v))
+    expected, *_ = attend(oracle, kind, *wide, True, grad_out.double())
+    # The weights may be rounded, by half an eps each, and the result is: values are 1 at most.
+    assert_close(out, expected.to(dtype), rtol=0.0, atol=1.5 * torch.finfo(dtype).eps)
+
+
+@kinds
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_keeps_the_dtype_of_its_inputs(attempt, rng, kind, dtype):
     inputs = make_inputs(rng, n_queries=5, batch=(2,))
@@ -234,6 +286,18 @@ def test_backward_leaves_what_was_kept_as_it_was(attempt, rng, kind):
 
     expected = attend(oracle, kind, q, k, v, False, grad_out)[1:]
     assert_close((first, second), (expected, expected))
+
+
+@kinds
+def test_keeps_apart_what_two_calls_at_once_need(attempt, rng, kind):
+    causal = *make_inputs(rng, 4, 4)[:3], True, randn(rng, 4, 6)
+    longer = *make_inputs(rng, 7, 7)[:3], False, randn(rng, 7, 6)
+
+    both = attempt(attend_in_turn, kind, causal, longer)
+    other_way = attempt(attend_in_turn, kind, longer, causal)
+
+    one, other = (attend(oracle, kind, *text)[1:] for text in (causal, longer))
+    assert_close((both, other_way), ([one, other], [other, one]))
 
 
 @kinds
@@ -282,8 +346,9 @@ def test_backward_computes_each_matrix_product_once(attempt, rng, kind, n_produc
 
 
 @kinds
-def test_rejects_causal_attention_to_another_number_of_keys(attempt, rng, kind):
-    q, k, v, grad_out = make_inputs(rng)
+@pytest.mark.parametrize("n_keys", [1, 2, 5])
+def test_rejects_causal_attention_to_another_number_of_keys(attempt, rng, kind, n_keys):
+    q, k, v, grad_out = make_inputs(rng, n_keys=n_keys)
 
-    with pytest.raises(ValueError, match=r"(?s)(?=.*\b3\b).*\b5\b"):
+    with pytest.raises(ValueError, match=rf"(?s)(?=.*\b3\b).*\b{n_keys}\b"):
         attempt(attend, kind, q, k, v, True, grad_out)

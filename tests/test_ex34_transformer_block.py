@@ -69,11 +69,23 @@ def gradients(ex, kind, weights, x, mask, upstream):
     return {name: p.grad for name, p in block.named_parameters()} | {"x": x.grad}
 
 
-def feed_forward(ex, weights, x, dropout=0.0):
+def outputs_with_dropout(ex, kind, weights, x, dropout):
+    """Of two calls."""
+    block = build(ex, kind, weights, dropout)
+    return torch.stack([block(x), block(x)])
+
+
+def outputs_in_turn(ex, kind, weights, calls):
+    """Of one block, for each (x, mask)."""
+    block = build(ex, kind, weights)
+    return [block(x, mask) for x, mask in calls]
+
+
+def feed_forward(ex, weights, x, dropout=0.0, n_calls=1):
     d_ff, d_model = weights["w_1.weight"].shape
     ff = ex.FeedForward(d_model, d_ff, dropout).double()
     ff.load_state_dict(weights)
-    return ff(x)
+    return torch.stack([ff(x) for _ in range(n_calls)]) if n_calls > 1 else ff(x)
 
 
 # --- the oracle: torch ---------------------------------------------------------------------------
@@ -117,7 +129,7 @@ def expected_from(layer, x, mask=None):
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3)], ids=["one row", "rows", "a batch of rows"])
 def test_feed_forward_widens_bends_and_narrows_each_position(attempt, rng, batch):
     weights = {k[3:]: w for k, w in make_weights(rng).items() if k.startswith("ff.")}
-    x = draw(rng, *batch, D_MODEL)
+    x = 10 * draw(rng, *batch, D_MODEL)
 
     out = attempt(feed_forward, weights, x)
 
@@ -198,20 +210,90 @@ def test_feed_forward_drops_hidden_numbers_and_none_of_its_result(attempt, rng):
     assert_close(out, weights["w_2.bias"].expand(4, D_MODEL))
 
 
-def test_feed_forward_scales_up_the_hidden_numbers_that_stay(attempt):
-    n, p, same = 1000, 0.2, {"w_1.weight": torch.eye(4), "w_2.weight": torch.eye(4)}
-    weights = {k: w.double() for k, w in same.items()}
-    weights |= {f"w_{i}.bias": torch.zeros(4, dtype=torch.float64) for i in (1, 2)}
+# --- what is dropped -----------------------------------------------------------------------------
 
-    out = attempt(feed_forward, weights, torch.ones(n, 4, dtype=torch.float64), p)
+
+def check_drawn_one_by_one(kept, p, axes):
+    """Each of `kept` is True with probability 1 − p, whatever the others are.
+
+    Next to each other along an axis, two are alike with probability p² + (1 − p)². A right
+    version is seven standard deviations off once in 10¹¹ checks.
+    """
+    alike = p**2 + (1 - p) ** 2
+    shares = [("all", kept, 1 - p)]
+    shares += [
+        (f"neighbours in {name} that are alike", kept == kept.roll(1, axis), alike)
+        for axis, name in enumerate(axes)
+    ]
+    for what, found, share in shares:
+        # Neighbours overlap, and so the spread is up to twice that of independent draws.
+        off = 7 * 2 * math.sqrt(share * (1 - share) / found.numel())
+        mean = float(found.double().mean())
+        assert abs(mean - share) <= off, f"kept of {what}: {mean:.1%}, expected {share:.1%}"
+
+
+@pytest.mark.parametrize("p", [0.3, 0.6])
+def test_feed_forward_drops_each_hidden_number_by_itself_and_scales_up_the_others(attempt, p):
+    same = {"w_1.weight": torch.eye(10), "w_2.weight": torch.eye(10)}
+    weights = {k: w.double() for k, w in same.items()}
+    weights |= {f"w_{i}.bias": torch.zeros(10, dtype=torch.float64) for i in (1, 2)}
+
+    out = attempt(feed_forward, weights, torch.ones(10, 50, 10, dtype=torch.float64), p, 3)
 
     kept = out != 0
     assert_close(out, kept / (1 - torch.tensor(p, dtype=torch.float64)))
-    # Six standard deviations of the share of 4n independent draws.
-    assert_close(float(kept.double().mean()), 1 - p, atol=6 * math.sqrt(p * (1 - p) / (4 * n)))
+    check_drawn_one_by_one(kept, p, ["calls", "the batch", "positions", "features"])
 
 
-@settings(max_examples=15)
+@kinds
+@pytest.mark.parametrize("p", [0.3, 0.6])
+def test_block_drops_each_number_of_each_branch_by_itself_and_scales_up_the_others(
+    attempt, rng, kind, p
+):
+    # Attention returns 1 and the feed-forward 10 everywhere, but 0 for the last two features.
+    weights = {name: torch.zeros_like(w) for name, w in make_weights(rng).items()}
+    ones = torch.tensor([1.0] * 10 + [0.0] * 2, dtype=torch.float64)
+    weights |= {"attn.o_proj.bias": ones, "ff.w_2.bias": 10 * ones}
+    # After norm_1 those two are 0 and 40: by them the last norm is undone.
+    weights |= {"norm_1.weight": ones, "norm_2.weight": torch.ones_like(ones)}
+    weights["norm_1.bias"] = 40 * torch.eye(D_MODEL, dtype=torch.float64)[-1]
+    x = torch.zeros(10, 50, D_MODEL, dtype=torch.float64)
+
+    out = attempt(outputs_with_dropout, kind, weights, x, p)
+
+    post, scale = kind == "PostNormBlock", 1 / (1 - p)
+    sums = out
+    if post:
+        sums = 40 * (out - out[..., -2:-1]) / (out[..., -1:] - out[..., -2:-1])
+    second = sums > 5  # the first sum is less, normalised or not
+    first = sums - 10 * scale * second > 1e-6
+    expected = first * ones * scale
+    if post:
+        bias = weights["norm_1.bias"]
+        expected = F.layer_norm(expected, (D_MODEL,), ones, bias)
+    expected = expected + 10 * scale * (second * ones)
+    assert_close(out, F.layer_norm(expected, (D_MODEL,)) if post else expected)
+    kept = torch.stack([first, second])[..., :10]
+    axes = ["the two branches", "calls", "the batch", "positions", "features"]
+    check_drawn_one_by_one(kept, p, axes)
+
+
+# --- more than one call --------------------------------------------------------------------------
+
+
+@kinds
+def test_block_keeps_nothing_from_one_call_to_the_next(attempt, rng, kind):
+    weights = make_weights(rng)
+    xs = [draw(rng, BATCH, n, D_MODEL) for n in (5, 8, 5)]
+    masks = [causal_mask(5), causal_mask(8).mT, None]
+
+    outs = attempt(outputs_in_turn, kind, weights, list(zip(xs, masks, strict=True)))
+
+    layer = oracle(kind, weights)
+    assert_close(outs, [expected_from(layer, x, mask) for x, mask in zip(xs, masks, strict=True)])
+
+
+@settings(max_examples=8)
 @given(kind=st.sampled_from(["PostNormBlock", "PreNormBlock"]), seed=st.integers(0, 999))
 def test_block_treats_all_positions_alike(attempt, kind, seed):
     rng = torch.Generator().manual_seed(seed)

@@ -63,6 +63,31 @@ def attend_in_turn(ex, one, two, frequencies):
     return [torch.cat(out, dim=-2) for out in outs]
 
 
+def attend_to_texts(ex, texts):
+    """Texts of other lengths, paces and dtypes one after the other, none with a cache."""
+    return [ex.attend_with_cache(*qkv, None, frequencies) for *qkv, frequencies in texts]
+
+
+def memory_after_reset(ex, k, v):
+    """What a reset and a second text take of new memory, and whether they use the first one's."""
+    cache = new_cache(ex, BATCH, 8)
+    before = [storage(x) for x in cache.append(k, v)]
+    with NewMemory() as memory:
+        cache.reset()
+    return memory.bytes, before == [storage(x) for x in cache.append(k, v)]
+
+
+def append_and_overwrite(ex, k, v):
+    """The caller uses its memory again after the first call, and the cache grows after that."""
+    cache = new_cache(ex, BATCH, 8)
+    first = cache.append(k[:, :, :3].clone(), v[:, :, :3].clone())
+    mine = k[:, :, 3:5].clone(), v[:, :, 3:5].clone()
+    cache.append(*mine)
+    for x in mine:
+        x.zero_()
+    return first, cache.append(k[:, :, 5:], v[:, :, 5:])
+
+
 def append(ex, pairs, max_len):
     cache = new_cache(ex, len(pairs[0][0]), max_len, pairs[0][0].dtype)
     return [(*cache.append(k, v), cache.length) for k, v in pairs]
@@ -198,6 +223,68 @@ def test_gives_a_padded_sequence_what_it_gives_that_sequence_alone(attempt, rng)
     assert at_once.isfinite().all(), "the result of a padding query must be finite"
 
 
+def levels(v, size, level):
+    """q and k with which every query scores a key `size` times its level, where nothing turns."""
+    batch, _, n, head_dim = v.shape
+    q = torch.full((batch, N_HEADS, n, head_dim), size, dtype=v.dtype)
+    return q, level[..., None, :, None].expand(v.shape).to(v.dtype)
+
+
+@pytest.mark.parametrize("chunks", [[5], [3, 1, 1]], ids=["prefill", "decode"])
+def test_sees_nothing_of_the_future_however_low_the_past_scores(attempt, rng, chunks):
+    _, _, v = qkv(rng, 5)
+    q, k = levels(v, 1e12, torch.tensor([-4.0, -3.0, -2.0, 1.0, 2.0]))
+
+    out, _ = attempt(attend, q, k, v, torch.zeros(2, dtype=torch.float64), chunks, 8)
+
+    # Scores grow with the key: a query's own position has all the weight.
+    assert_close(out, v.repeat_interleave(2, dim=1))
+
+
+@pytest.mark.parametrize("chunks", [[6], [4, 1, 1]], ids=["prefill", "decode"])
+def test_hides_padding_however_low_the_others_score(attempt, rng, chunks):
+    _, _, v = qkv(rng, 6)
+    n_pad = torch.tensor([2, 4])
+    slots, pads = torch.arange(6), n_pad[:, None]
+    level = torch.where(slots < pads, 9.0, torch.where(slots == pads, -1.0, -2.0))
+    q, k = levels(v, 1e12, level)
+    v[0, :, :2], v[1, :, :4] = 1e10, -1e10
+
+    out, _ = attempt(attend, q, k, v, torch.zeros(2, dtype=torch.float64), chunks, 8, n_pad)
+
+    for b, pad in enumerate([2, 4]):  # the first real token has all the weight
+        expected = v[b, :, pad : pad + 1].repeat_interleave(2, dim=0).expand(-1, 6 - pad, -1)
+        assert_close(out[b, :, pad:], expected)
+
+
+def test_turns_by_exact_angles_in_bfloat16(attempt, rng):
+    q, k, v = (x.bfloat16() for x in qkv(rng, 300, batch=1))
+    v = v / v.abs().amax()
+    frequencies = torch.tensor([1.7, 0.3], dtype=torch.float64)
+
+    out, _ = attempt(attend, q, k, v, frequencies, [297, 1, 2], 300)
+
+    expected = uncached(*(x.double() for x in (q, k, v)), frequencies)
+    # Turned queries and keys are rounded to 8 bits, which costs 0.02 here. Positions or frequencies
+    # of 8 bits turn the last tokens by a radian and more.
+    assert_close(out, expected.bfloat16(), rtol=0.0, atol=0.06)
+
+
+def test_keeps_nothing_from_one_text_to_the_next(attempt, rng):
+    paces = [[1.0, 0.3], [0.7, 0.2], [0.7, 0.2], [1.0, 0.3]]
+    dtypes = [torch.bfloat16, torch.float64, torch.float32, torch.float64]
+    texts = [
+        (*qkv(rng, n, dtype=dtype), torch.tensor(pace, dtype=torch.float64))
+        for n, dtype, pace in zip([3, 7, 7, 4], dtypes, paces, strict=True)
+    ]
+
+    outs = attempt(attend_to_texts, texts)
+
+    for out, text in list(zip(outs, texts, strict=True))[1:]:
+        expected = uncached(*(x.double() for x in text)).to(out.dtype)
+        assert_close(out, expected)
+
+
 def test_attends_and_learns_without_a_cache(attempt, rng):
     q, k, v = qkv(rng, 5)
     frequencies = frequencies_for_specs()
@@ -229,6 +316,22 @@ def test_starts_afresh_after_a_reset(attempt, rng):
     assert emptied == 0
     assert_close(out, uncached(*second, frequencies))
     assert length == 4
+
+
+def test_keeps_its_memory_when_it_is_reset(attempt, rng):
+    _, k, v = qkv(rng, 5)
+
+    new_bytes, same = attempt(memory_after_reset, k, v)
+
+    assert (new_bytes, same) == (0, True), f"{new_bytes} new bytes, the same memory: {same}"
+
+
+def test_copies_what_it_is_given(attempt, rng):
+    _, k, v = qkv(rng, 7)
+
+    first, last = attempt(append_and_overwrite, k, v)
+
+    assert_close((first, last), ((k[:, :, :3], v[:, :, :3]), (k, v)))
 
 
 def test_keeps_two_caches_apart(attempt, rng):

@@ -1,5 +1,6 @@
 """Specs for exercise 45: longer texts by slower rotations (RoPE scaling)."""
 
+import math
 from functools import partial
 
 import pytest
@@ -33,6 +34,10 @@ def attend(ex, q, k, v, frequencies, *attention_factor):
     return ex.attend_with_rope(q, k, v, frequencies, *attention_factor)
 
 
+def attend_in_turn(ex, calls):
+    return [ex.attend_with_rope(*qkv, frequencies) for qkv, frequencies in calls]
+
+
 def gradients(ex, q, k, v, frequencies, attention_factor, upstream):
     inputs = [x.requires_grad_() for x in (q, k, v)]
     out = ex.attend_with_rope(q, k, v, frequencies, attention_factor)
@@ -58,6 +63,27 @@ def of_transformers(scaling, head_dim, theta, factor, max_len=4096, seq_len=None
 
 def plain(head_dim, theta):
     return theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+
+
+def by_the_formula(scaling, head_dim, theta, factor, *lengths):
+    """The equations once more, pair by pair in Python's float64 numbers."""
+    found = []
+    for i in range(head_dim // 2):
+        base = theta
+        if scaling == "dynamic_ntk":
+            scale = max(1.0, factor * lengths[1] / lengths[0] - factor + 1)
+            base = theta * scale ** (head_dim / (head_dim - 2))
+        angle = math.exp(-2 * i / head_dim * math.log(base))
+        slow = 0.0 if scaling == "dynamic_ntk" else 1.0
+        if scaling == "llama3":
+            slow = (4 - lengths[0] * angle / (2 * math.pi)) / (4 - 1)
+        if scaling == "yarn":
+            fast, slowest = (math.log(lengths[0] / (2 * math.pi * b)) for b in (32, 1))
+            low, high = (head_dim / 2 / math.log(theta) * x for x in (fast, slowest))
+            slow = (i - math.floor(low)) / (math.ceil(high) - math.floor(low))
+        slow = min(max(slow, 0.0), 1.0)
+        found.append(angle * (1 - slow) + angle / factor * slow)
+    return torch.tensor(found, dtype=torch.float64)
 
 
 # --- frequencies ---------------------------------------------------------------------------------
@@ -101,7 +127,12 @@ def test_llama3_slows_the_pairs_that_turn_too_seldom(attempt, factor):
 @pytest.mark.parametrize(
     ("head_dim", "theta", "original_len"),
     [(24, 500.0, 512), (24, 500.0, 100), (8, 20.0, 1280), (128, 10_000.0, 4096)],
-    ids=["in between", "low end cut at 0", "high end cut at head_dim − 1", "as in Llama 2"],
+    ids=[
+        "in between",
+        "low end cut at 0",
+        "high end cut at head_dim − 1",
+        "as in Llama 2",
+    ],
 )
 def test_yarn_slows_the_pairs_along_its_ramp(attempt, head_dim, theta, original_len):
     sizes = "yarn", head_dim, theta
@@ -116,6 +147,28 @@ def test_yarn_slows_the_pairs_along_its_ramp(attempt, head_dim, theta, original_
             original_max_position_embeddings=original_len, beta_fast=fast, beta_slow=slow,
         )  # fmt: skip
         assert_close(out, expected, **FLOAT32)
+
+
+def test_yarn_takes_a_step_where_both_ends_of_its_ramp_are_one_place(attempt):
+    found = attempt(frequencies_of, "yarn", 24, 500.0, 4.0, 6)  # both ends at 0
+
+    # transformers moves the second end by 0.001, which no whole place sees.
+    expected, _ = of_transformers(
+        "yarn", 24, 500.0, 4.0, 24, original_max_position_embeddings=6, beta_fast=32, beta_slow=1
+    )
+    assert_close(found, expected, **FLOAT32)
+
+
+@pytest.mark.parametrize(
+    ("scaling", "lengths"),
+    [("linear", ()), ("dynamic_ntk", (512, 700)), ("llama3", (512,)), ("yarn", (5000,))],
+    ids=["linear", "dynamic_ntk", "llama3", "yarn"],
+)
+def test_frequencies_have_all_digits_of_float64(attempt, scaling, lengths):
+    found = attempt(frequencies_of, scaling, 24, 500.0, 3.7, *lengths)
+
+    expected = by_the_formula(scaling, 24, 500.0, 3.7, *lengths)
+    assert_close(found, expected, rtol=1e-12, atol=0.0)
 
 
 def test_a_factor_of_1_changes_nothing(attempt):
@@ -155,9 +208,10 @@ def test_no_pair_turns_faster_than_before_or_slower_than_by_the_factor(attempt, 
     [("linear", ()), ("dynamic_ntk", (512, 600)), ("llama3", (512,)), ("yarn", (512,))],
     ids=["linear", "dynamic_ntk", "llama3", "yarn"],
 )
-def test_rejects_a_factor_below_1(attempt, scaling, lengths):
-    with pytest.raises(ValueError, match=r"0\.25"):
-        attempt(frequencies_of, scaling, 16, 500.0, 0.25, *lengths)
+@pytest.mark.parametrize("factor", [0.25, 0.999, -2.5])
+def test_rejects_a_factor_below_1(attempt, scaling, lengths, factor):
+    with pytest.raises(ValueError, match=str(factor).replace(".", r"\.")):
+        attempt(frequencies_of, scaling, 16, 500.0, factor, *lengths)
 
 
 # --- attention -----------------------------------------------------------------------------------
@@ -205,6 +259,44 @@ def test_attention_learns_through_queries_keys_and_values(attempt, rng):
     assert_close(found, torch.autograd.grad(out, inputs, upstream))
 
 
-def test_attention_factor_rejects_a_factor_below_1(attempt):
-    with pytest.raises(ValueError, match=r"0\.25"):
-        attempt(attention_factor_of, 0.25)
+@pytest.mark.parametrize(
+    ("dtype", "seq_len"), [(torch.float32, 800), (torch.bfloat16, 200)], ids=["float32", "bfloat16"]
+)
+def test_attention_turns_by_exact_angles_whatever_the_dtype(attempt, rng, dtype, seq_len):
+    q, k, v = torch.randn(3, 1, 1, seq_len, 4, generator=rng, dtype=torch.float64)
+    q, k, v = (x.to(dtype) for x in (q, k, v / v.abs().amax()))
+    frequencies = torch.tensor([3.1, 1.7], dtype=torch.float64)  # of 8 bits: 0.4 % less each
+
+    out = attempt(attend, q, k, v, frequencies, 1.5)
+
+    expected = attempt(attend, q.double(), k.double(), v.double(), frequencies, 1.5)
+    # Turned queries and keys are rounded, cosines before them, and scores come to 20. The angles of
+    # frequencies that are rounded are off by 10⁻⁴ in float32, and by a whole turn in bfloat16.
+    assert_close(out, expected.to(dtype), rtol=0.0, atol=16 * torch.finfo(dtype).eps)
+
+
+def test_attention_sees_nothing_of_the_future_however_low_the_past_scores(attempt, rng):
+    v = torch.randn(1, 2, 5, 4, generator=rng, dtype=torch.float64)
+    q = torch.full_like(v, 1e10)
+    k = torch.tensor([-4.0, -3.0, -2.0, 1.0, 2.0], dtype=torch.float64)[:, None].expand(1, 2, 5, 4)
+
+    out = attempt(attend, q, k, v, torch.zeros(2, dtype=torch.float64))
+
+    # Nothing turns, and scores grow with the key: a query's own position has all the weight.
+    assert_close(out, v)
+
+
+def test_attention_keeps_nothing_from_one_call_to_the_next(attempt, rng):
+    texts = [torch.randn(3, 1, 2, n, 4, generator=rng, dtype=torch.float64) for n in (3, 6)]
+    frequencies = [torch.tensor(x, dtype=torch.float64) for x in ([1.0, 0.2], [0.7, 0.4])]
+
+    outs = attempt(attend_in_turn, list(zip(texts, frequencies, strict=True)))
+
+    alone = [attempt(attend, *qkv, f) for qkv, f in zip(texts, frequencies, strict=True)]
+    assert_close(outs, alone)
+
+
+@pytest.mark.parametrize("factor", [0.25, 0.999, -2.5])
+def test_attention_factor_rejects_a_factor_below_1(attempt, factor):
+    with pytest.raises(ValueError, match=str(factor).replace(".", r"\.")):
+        attempt(attention_factor_of, factor)
