@@ -156,6 +156,14 @@ def test_merges_the_leftmost_of_equal_pairs(attempt, text):
     assert_close(ids, oracle().encode(text))
 
 
+def test_leaves_a_piece_alone_that_no_two_pieces_make(attempt):
+    names = "abc ▁ a b c"  # neither ab nor bc
+
+    ids = attempt(encode, names, "abc")
+
+    assert_close(ids, [260, 261, 262, 263])
+
+
 @pytest.mark.parametrize(
     "text",
     [

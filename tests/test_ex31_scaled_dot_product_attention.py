@@ -20,9 +20,10 @@ def attend(ex, q, k, v, mask=None):
 
 
 def gradients(ex, q, k, v, mask, upstream):
-    """The gradients of q, k and v, given that of the result."""
+    """The gradients of q, k and v, given that of the result; None where there is none."""
     inputs = [x.requires_grad_() for x in (q, k, v)]
-    return torch.autograd.grad(attend(ex, q, k, v, mask), inputs, upstream)
+    out = attend(ex, q, k, v, mask)
+    return torch.autograd.grad(out, inputs, upstream, allow_unused=True)
 
 
 def qkv(rng, n_queries=3, n_keys=5, head_dim=4, value_dim=6, batch=()):

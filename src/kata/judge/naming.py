@@ -22,10 +22,11 @@ from dataclasses import dataclass, field
 
 from kata.attempt.outcome import Attempted, Done
 from kata.course.variants import Variant
-from kata.judge.likeness import Stance, same, stance, telling
+from kata.judge.likeness import Stance, refuses_otherwise, same, stance, telling
 
-ENOUGH = 3.0  # different numbers of many digits that tell one fault from others
-FEW = 4  # failed specs that a mistake must explain for each in which a third thing comes out
+ENOUGH = 3.0  # different numbers of many digits that tell one fault from others,
+MUCH = 20.0  # and where a third thing comes out in more than
+FEW = 4  # one failed spec for so many that are explained
 RETRIED = 20  # of the attempts after a failure
 SLOW = 0.5  # seconds: such an attempt is replayed when all others speak for a mistake
 Replay = Callable[["Variant | None", Attempted], list[Done]]
@@ -100,12 +101,18 @@ class _Run:
                 return Case(variant)
             if self._is_failed[i] and says is not Stance.NOTHING:
                 (doubtful if says is Stance.DOUBT else backed).add(spec)
-            if not explained or FEW * len(doubtful) > len(explained):
+            if not explained or len(doubtful) >= len(explained):
                 return Case(variant)
-        tells = max(self.told[spec] for spec in explained) >= ENOUGH
-        if not tells and len(explained) < len(self.told):
-            return Case(variant)
-        return Case(variant, explained, backed - doubtful)
+        told = sum(self.told[spec] for spec in explained)
+        few = FEW * len(doubtful) <= len(explained)
+        case = Case(variant, explained, backed - doubtful)
+        certain = (few and told >= ENOUGH) or told >= MUCH or self._is_everywhere(case)
+        return case if certain else Case(variant)
+
+    def _is_everywhere(self, case: Case) -> bool:
+        """Whether a mistake accounts for all that failed, and for enough of it in full."""
+        whole, part = len(case.explained), len(case.backed)
+        return whole + part == len(self.told) and 2 * whole >= part
 
     def best(self, cases: list[Case], spec: str) -> Variant | None:
         """The mistake that explains a spec and most others; None where two do."""
@@ -129,7 +136,10 @@ class _Run:
         return all(same(self.replay(variant, past), past.done) for past in retried[-RETRIED:])
 
     def _agrees(self, variant: Variant | None, i: int) -> bool:
-        return same(self._outcome(variant, i), self.record[i].done, self._is_failed[i])
+        theirs, mine = self._outcome(variant, i), self.record[i].done
+        if same(theirs, mine, self._is_failed[i]):
+            return True
+        return variant is not None and refuses_otherwise(theirs, mine, self._outcome(None, i))
 
     def _outcome(self, variant: Variant | None, i: int) -> list[Done]:
         if (variant, i) not in self._outcomes:
