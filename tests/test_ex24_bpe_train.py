@@ -2,6 +2,7 @@
 
 import json
 import sys
+import tracemalloc
 from collections import Counter
 from itertools import pairwise, product
 
@@ -21,6 +22,41 @@ WITHOUT = ["tokenizers.trainers.BpeTrainer"]
 def train(ex, text, vocab_size):
     vocab, merges = ex.train_bpe(text, vocab_size)
     return {"merges": merges, "vocab": vocab}
+
+
+def train_in_turn(ex, texts, vocab_size):
+    return [train(ex, text, vocab_size) for text in texts]
+
+
+def copies_of_the_text(ex, text, n_merges):
+    """How many copies of the whole text a merge makes, the first merge aside, and the merges."""
+    before, _ = large_allocations(len(text), ex.train_bpe, text, 256 + 1)
+    after, (_, merges) = large_allocations(len(text), ex.train_bpe, text, 256 + n_merges)
+    return {"copies": round((after - before) / (n_merges - 1)), "merges": merges}
+
+
+def large_allocations(n_bytes, function, *args):
+    """How many lines of a call take at least that much memory, even for a moment; its result."""
+    n_large, held = 0, 0
+
+    def look(frame, event, arg):
+        nonlocal n_large, held
+        now, peak = tracemalloc.get_traced_memory()
+        n_large += peak - held >= n_bytes
+        held = now
+        tracemalloc.reset_peak()
+        return look
+
+    tracing, tracer = tracemalloc.is_tracing(), sys.gettrace()
+    tracemalloc.start()
+    sys.settrace(look)
+    try:
+        result = function(*args)
+    finally:
+        sys.settrace(tracer)
+        if not tracing:
+            tracemalloc.stop()
+    return n_large, result
 
 
 def rounds_over_all_words(ex, text, n_words, n_merges):
@@ -175,6 +211,34 @@ def test_merges_bytes_and_not_characters(attempt):
     assert_close(out, defined(text, 275))
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "e\u0301 é e\u0301te\u0301 été",  # not normalised
+        "a\r\nb\r\n\r\nc\r\nd\n\n\n",
+        "ﬁ fi ½ 1/2 Å Å",
+        "The the THE ThE tHe",
+        "    ",
+        "  a  a   b\t\tb\u00a0\u00a0c ",
+        "\ufeffz a\0\0b\0\0b\ufeffa",
+        "22 222 2222 ²² Ⅳ٣٣",
+        "we'll we've 'll'll 've''ve WE'LL",
+    ],
+)
+def test_learns_from_a_text_as_it_is(attempt, text):
+    out = attempt(train, text, 999)
+
+    assert_close(out, defined(text, 999))
+
+
+def test_begins_anew_with_every_text(attempt):
+    texts = ["abab abc", "bcbc abcd", "abab abc", "", "cd abcd abcd"]
+
+    out = attempt(train_in_turn, texts, 262)
+
+    assert_close(out, [defined(text, 262) for text in texts])
+
+
 @pytest.mark.parametrize("text", ["", "a b c", "abc abc"], ids=["nothing", "letters", "words"])
 def test_ends_when_no_pair_is_left(attempt, text):
     out = attempt(train, text, 400)
@@ -188,9 +252,10 @@ def test_gives_the_bytes_alone_for_a_vocabulary_of_256(attempt):
     assert_close(out, {"merges": [], "vocab": {byte: bytes([byte]) for byte in range(256)}})
 
 
-def test_rejects_a_vocabulary_too_small_for_the_bytes(attempt):
-    with pytest.raises(ValueError, match="255"):
-        attempt(train, "abab", 255)
+@pytest.mark.parametrize("wrong", [255, 0, -300])
+def test_rejects_a_vocabulary_too_small_for_the_bytes(attempt, wrong):
+    with pytest.raises(ValueError, match=rf"(?<!\d){wrong}\b"):
+        attempt(train, "abab", wrong)
 
 
 @given(text=st.text("aab \n'sé1", max_size=30), n_merges=st.integers(0, 12))
@@ -224,6 +289,15 @@ def test_works_once_on_a_word_that_occurs_many_times(attempt):
 
     assert_close(out["merges"], chain(word))
     assert out["rounds"] == 0, "each merge goes through all 900 places where one word occurs"
+
+
+def test_copies_no_whole_text(attempt):
+    text = "\n".join([LONG] * 50) + "\nq" * 4000  # "q" and the line's end have no pairs
+
+    out = attempt(copies_of_the_text, text, 30)
+
+    assert_close(out["merges"], chain(LONG))
+    assert out["copies"] == 0, f"for each merge it takes {len(text)} bytes, as many as the text has"
 
 
 def chain(word):

@@ -37,6 +37,12 @@ def encode(ex, vocab, texts):
     return {text: wordpiece.encode(text) for text in texts}
 
 
+def encode_in_turn(ex, vocab, other, texts):
+    """Two vocabularies, text by text in turn."""
+    both = ex.WordPiece(vocab), ex.WordPiece(other)
+    return [[wordpiece.encode(text) for wordpiece in both] for text in texts]
+
+
 def ids_of_pages(ex, vocab, pages):
     wordpiece = ex.WordPiece(vocab)
     return [np.array(wordpiece.encode(page)) for page in pages]
@@ -54,6 +60,11 @@ def oracle(vocab):
     tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = BertNormalizer(), BertPreTokenizer()
     return tokenizer
+
+
+def between_marks(tokenizer, text):
+    cls, sep = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
+    return [cls, *tokenizer.encode(text).ids, sep]
 
 
 def numbered(*pieces):
@@ -83,6 +94,8 @@ def test_cuts_a_text_at_spaces_and_around_punctuation(attempt):
         "",
         " \n ",
         "[MASK] and [SEP]",
+        "##ab # #a a##",
+        "...!!!$$$ a.b.c -- __",
     ]
 
     out = attempt(basic_tokens, texts)
@@ -132,6 +145,13 @@ def test_drops_what_is_no_character_and_closes_the_gap(attempt):
     out = attempt(basic_tokens, texts)
 
     assert_close(out, {text: words_of(text) for text in texts})
+
+
+def test_drops_characters_that_unicode_does_not_have(attempt):
+    # Category Cn, for good. Google's own code drops them too; the package tokenizers keeps them.
+    out = attempt(basic_tokens, ["a\uffffb \ufdd0", "\U0010ffff c\U0001fffed"])
+
+    assert_close(out, {"a\uffffb \ufdd0": ["ab"], "\U0010ffff c\U0001fffed": ["cd"]})
 
 
 def test_knows_each_character_of_the_alphabets_of_europe(attempt):
@@ -231,6 +251,42 @@ def test_puts_cls_before_the_ids_and_sep_behind_them(attempt):
     assert_close(
         out, {"ab a": [cls, a, b, a, sep], "": [cls, sep], "[SEP]": [cls, *[unk] * 3, sep]}
     )
+
+
+def test_takes_any_number_for_an_id(attempt):
+    vocab = {"a": 0, "##b": 5, "[UNK]": 3, "[CLS]": -2, "[SEP]": 1, "##c": 30_000, "": 7, "##": 8}
+
+    out = attempt(encode, vocab, ["a", "ab", "abc", "aa", "c a##b", "##b"])
+
+    expected = {
+        "a": [-2, 0, 1],
+        "ab": [-2, 0, 5, 1],
+        "abc": [-2, 0, 5, 30_000, 1],
+        "aa": [-2, 3, 1],
+        "c a##b": [-2, 3, 0, 3, 3, 3, 1],  # "##b" in a text is two marks and a letter
+        "##b": [-2, 3, 3, 3, 1],
+    }
+    assert_close(out, expected)
+
+
+def test_reads_a_text_to_its_end_however_long(attempt):
+    vocab = numbered("a", "##b", "##c")
+    words = ["ab", "abc", "a", "d"] * 400
+
+    out = attempt(ids_of_pages, vocab, [" ".join(words)])
+
+    a, b, c, unk, cls, sep = (vocab[p] for p in ["a", "##b", "##c", "[UNK]", "[CLS]", "[SEP]"])
+    assert_close(out, [np.array([cls, *[a, b, a, b, c, a, unk] * 400, sep])])
+
+
+def test_begins_anew_with_every_text_and_vocabulary(attempt):
+    vocab, other = numbered("a", "##b", "c"), numbered("ab", "a", "##bc", "x", "c", "##c")
+    texts = ["ab", "abc c", "", "ab ab", "d", "ab"]
+
+    out = attempt(encode_in_turn, vocab, other, texts)
+
+    oracles = oracle(vocab), oracle(other)
+    assert_close(out, [[between_marks(one, text) for one in oracles] for text in texts])
 
 
 @pytest.mark.parametrize("missing", ["[UNK]", "[CLS]", "[SEP]"])
