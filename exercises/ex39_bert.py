@@ -69,8 +69,8 @@ class Attention(nn.Module):
         mask:    (batch, seq_len) bool, False at padding; None: there is none
         returns: (batch, seq_len, d_model)
 
-        Within a projection head 0 comes first. Scores are scaled by 1/√head_dim. Any attention
-        may be used, your own of exercise 31 or torch's.
+        Within a projection head 0 comes first. Scores are scaled by 1/√head_dim, and give finite
+        results whatever their size. Any attention may be used, your own of exercise 31 or torch's.
         """
         raise NotImplementedError("exercise 39 is not written yet")
 
@@ -118,8 +118,9 @@ class BertModel(nn.Module):
         token_types: (batch, seq_len) int64, which of two texts a token belongs to; None: all 0
         returns:     (batch, seq_len, d_model), the hidden states after the last block
 
-        Positions count from 0. No result at a token depends on what stands at padding; what the
-        results are at padding does not matter. The pooler has no part in this.
+        Positions count from 0. The mask alone tells what is padding, not the number of a token. No
+        result at a token depends on what stands at padding; what the results are at padding does
+        not matter. The pooler has no part in this.
         """
         raise NotImplementedError("exercise 39 is not written yet")
 
@@ -169,7 +170,8 @@ def mask_tokens(
     rate:       the probability with which each other token is chosen, whatever becomes of the rest
     returns:    inputs (…) int64, the tokens; but of the chosen ones 80 % have become mask_token,
                 10 % a token drawn from all vocab_size, each as likely as the other (it may be the
-                old one), and 10 % are what they were: by independent draws for each;
+                old one), and 10 % are what they were: by independent draws for each token, and
+                anew at every call;
                 labels (…) int64, the old token where one was chosen, elsewhere IGNORED
     """
     raise NotImplementedError("exercise 39 is not written yet")

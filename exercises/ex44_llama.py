@@ -103,7 +103,7 @@ class Llama(nn.Module):
 
 
 def from_gguf(path: str | Path) -> Llama:
-    """Read a model from a GGUF file, with all its weights as float32.
+    """Read a model from a GGUF file, with all its weights as float32, in memory of their own.
 
     path:    a file with general.architecture "llama". Its sizes stand in llama.vocab_size,
              llama.embedding_length, llama.feed_forward_length, llama.block_count,
@@ -115,9 +115,9 @@ def from_gguf(path: str | Path) -> Llama:
     returns: the Llama, whose parameters require gradients
 
     A file that is not there raises FileNotFoundError. ValueError, with the name in question in
-    its message: another architecture; a key of the metadata or a tensor that is missing; a
-    tensor that the model has no place for, such as rope_freqs.weight. A model that is nearly
-    right would run, and talk nonsense.
+    its message: another architecture; a key of the metadata or a tensor that is missing (of
+    several tensors, all); a tensor that the model has no place for, such as rope_freqs.weight. A
+    model that is nearly right would run, and talk nonsense.
     """
     raise NotImplementedError("exercise 44 is not written yet")
 
@@ -130,6 +130,7 @@ def generate(model: Llama, ids: Tensor, max_new_tokens: int, n_pad: Tensor | Non
     returns: (batch, n_prompt + max_new_tokens) int64, the prompt and what follows
 
     No gradient is recorded. Each token passes through the layers once, the last one not at all,
-    and of the prompt's tokens only the last one is scored.
+    and of the prompt's tokens only the last one is scored: so the prompt is read in one call. With
+    max_new_tokens 0 the prompt comes back. The model's mode stays as it is.
     """
     raise NotImplementedError("exercise 44 is not written yet")

@@ -149,7 +149,7 @@ def forward(params: Params, config: GPTConfig, tokens: Array) -> Array:
 
     The GPT-2 form: pre-norm blocks with GELU in its tanh form, a last norm, eps 1e-5 in all of
     them, and wteᵀ as the head. c_attn gives q, k and v side by side; within each, head 0 comes
-    first. A weight is (d_in, d_out): y = x W + b.
+    first. A weight is (d_in, d_out): y = x W + b. Scores may have any size that float32 has.
 
     More than block_size tokens raise ValueError, which gives both numbers. JAX itself would not
     complain: an index that is out of range gives some row or other. Made for use under jax.jit,
@@ -201,11 +201,11 @@ def generate(
              jax.random.categorical(keys[i], logits / temperature), logits (batch, vocab_size)
     returns: (batch, seq_len + max_new_tokens) int32, the given tokens first
 
-    At temperature 0 the token with the highest logit is taken. config and max_new_tokens are
-    fixed when the program is compiled, all else is traced: a later call with the same shapes
-    traces and compiles nothing, whatever the numbers are. The program does not grow with
-    max_new_tokens, and computes each token's keys and values once: the prompt is read at once,
-    each new token alone.
+    max_new_tokens is at least 1. At temperature 0 the token with the highest logit is taken.
+    config and max_new_tokens are fixed when the program is compiled, all else is traced: a later
+    call with the same shapes traces and compiles nothing, whatever the numbers are. The program
+    does not grow with max_new_tokens, and computes each token's keys and values once: the prompt
+    is read at once, each new token alone.
 
     More than block_size tokens in all raise ValueError, which gives both numbers.
     """

@@ -127,7 +127,8 @@ def test_makes_two_positions_as_alike_as_they_are_near(attempt, t, distance, hal
 
     # sin a sin b + cos a cos b = cos(a − b): of two positions, only the distance is left.
     angles = [distance / 10000.0 ** (i / half) for i in range(half)]
-    assert_close(table[t] @ table[t + distance], torch.tensor(sum(map(math.cos, angles))).double())
+    expected = torch.tensor(sum(map(math.cos, angles)), dtype=torch.float64)
+    assert_close(table[t] @ table[t + distance], expected)
 
 
 # --- the modules ---------------------------------------------------------------------------------

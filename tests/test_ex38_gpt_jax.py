@@ -48,9 +48,11 @@ FLOAT32 = {"rtol": 1e-4, "atol": 1e-4}
 # --- run on the code under test ------------------------------------------------------------------
 
 
-def logits_of(ex, params, sizes, tokens):
+def logits_of(ex, several_params, sizes, tokens):
+    """The logits by several params, all of one compiled program."""
     config = ex.GPTConfig(**sizes)
-    return quick_jit(lambda params, tokens: ex.forward(params, config, tokens))(params, tokens)
+    compiled = quick_jit(lambda params, tokens: ex.forward(params, config, tokens))
+    return [compiled(params, tokens) for params in several_params]
 
 
 def step(ex, params, sizes, tokens, rates):
@@ -64,15 +66,15 @@ def step(ex, params, sizes, tokens, rates):
     return [compiled(params, tokens, rate) for rate in rates]
 
 
-def generate(ex, params, sizes, tokens, n_new, seed, temperatures):
-    """Texts at several temperatures, all of one compiled program."""
+def generate(ex, sizes, tokens, n_new, seed, cases):
+    """Texts by several params and temperatures, all of one compiled program."""
     config = ex.GPTConfig(**sizes)
 
     def written(params, tokens, seed, temperature):
         return ex.generate(params, config, tokens, n_new, new_key(seed), temperature)
 
     compiled = quick_jit(written)
-    return [compiled(params, tokens, seed, temperature) for temperature in temperatures]
+    return [compiled(params, tokens, seed, temperature) for params, temperature in cases]
 
 
 def draw_params(ex, sizes, seeds):
@@ -224,6 +226,16 @@ def single(tensor):
     return tensor.detach().numpy().astype(np.float32)
 
 
+def with_very_low_scores(params):
+    """The same, but all scores lie below −10¹², lower than those of empty slots, and far apart."""
+    params = jax.tree.map(np.copy, params)
+    c_attn, d = params["h"]["attn"]["c_attn"], SIZES["d_model"]
+    c_attn["weight"][:, :, : 2 * d] = 0.0
+    c_attn["weight"][:, 0, d : 2 * d] = 1e6
+    c_attn["bias"][:, :d], c_attn["bias"][:, d : 2 * d] = 1e6, -8e6
+    return params
+
+
 # --- forward and train_step ----------------------------------------------------------------------
 
 
@@ -235,10 +247,13 @@ def test_gives_the_logits_of_transformers_and_of_exercise_36(attempt, np_rng):
     for rows in (params["wte"][5], params["wpe"][0]):
         rows *= 0.01  # so that the eps of the first norm matters where a text begins with token 5
 
-    logits = attempt(logits_of, params, SIZES, tokens)
+    low = with_very_low_scores(params)
+    logits, low_logits = attempt(logits_of, [params, low], SIZES, tokens)
 
     theirs = gpt2_of_transformers(params)(torch.tensor(tokens)).logits
     assert_close(logits, single(theirs), **FLOAT32)
+    theirs = gpt2_of_transformers(low)(torch.tensor(tokens)).logits
+    assert_close(low_logits, single(theirs), **FLOAT32)
     ours = from_hf(state_dict_of(params), SIZES["n_heads"])(torch.tensor(tokens))
     assert_close(logits, single(ours), **FLOAT32)
 
@@ -264,17 +279,18 @@ def test_steps_against_the_gradient_of_the_next_token_loss(attempt, np_rng):
 
 def test_writes_token_by_token_as_if_it_read_all_each_time(attempt, np_rng):
     params, tokens = make_params(np_rng), make_tokens(np_rng, 5, 3)
-    seed, temperatures = int(np_rng.integers(1 << 30)), [0.0, 1.0, 2.5]
+    seed, low = int(np_rng.integers(1 << 30)), with_very_low_scores(params)
+    cases = [(params, 0.0), (params, 1.0), (params, 2.5), (low, 0.0)]
 
-    texts = attempt(generate, params, SIZES, tokens, 4, seed, temperatures)
+    texts = attempt(generate, SIZES, tokens, 4, seed, cases)
 
     @quick_jit
     def draw(i, logits):
         return jax.random.categorical(jax.random.split(new_key(seed), 4)[i], logits)
 
-    model = gpt2_of_transformers(params)
-    for text, temperature in zip(texts, temperatures, strict=True):
-        expected = tokens
+    models = {id(p): gpt2_of_transformers(p) for p in (params, low)}
+    for text, (given, temperature) in zip(texts, cases, strict=True):
+        model, expected = models[id(given)], tokens
         for i in range(4):
             logits = single(model(torch.tensor(expected)).logits[:, -1])
             if temperature:

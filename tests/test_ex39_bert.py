@@ -71,6 +71,33 @@ def loss_of(ex, mlm_logits, nsp_logits, labels, followed):
     return ex.pretraining_loss(mlm_logits, nsp_logits, labels, followed)
 
 
+def attend(ex, weights, x, mask):
+    """One attention layer that bears these weights."""
+    layer = ex.Attention(ex.BertConfig(**SIZES)).double()
+    layer.load_state_dict(weights)
+    return layer(x, mask)
+
+
+def hidden_states_in_turn(ex, seed, calls):
+    """One model, for each (tokens, mask, token_types)."""
+    model = build(ex, seed)
+    return [model(*call) for call in calls]
+
+
+def masked_twice(ex, tokens, special, seed):
+    """The labels of two calls with one generator."""
+    generator = torch.Generator().manual_seed(seed)
+    return [ex.mask_tokens(tokens, special, MASK, VOCAB_SIZE, generator)[1] for _ in range(2)]
+
+
+def numbers_chosen(ex, tokens, rate, n_calls):
+    generator, special = torch.Generator().manual_seed(0), torch.zeros_like(tokens).bool()
+    calls = (
+        ex.mask_tokens(tokens, special, MASK, VOCAB_SIZE, generator, rate) for _ in range(n_calls)
+    )
+    return [int((labels != -100).sum()) for _, labels in calls]
+
+
 def masked(ex, tokens, special, mask_token, vocab_size, seed, rate=None, global_seed=0):
     """What comes of the tokens, and whether the global generator is as before."""
     torch.manual_seed(global_seed)
@@ -214,6 +241,54 @@ def test_gives_the_same_whatever_stands_at_padding(attempt, seen, seed):
     assert_close(out[0, mask[0]], out[1, mask[1]])
 
 
+def test_gives_the_one_token_that_is_real_all_the_weight_however_low_it_scores(attempt, rng):
+    d_model, n = SIZES["d_model"], 4
+    x = torch.randn(n, n, d_model, generator=rng, dtype=torch.float64)
+    matrix, bias = (
+        torch.randn(d_model, d_model, generator=rng).double(),
+        torch.zeros(d_model).double(),
+    )
+    seen, first = torch.eye(n, dtype=torch.bool), torch.zeros_like(matrix)
+    x[..., 0], first[:, 0] = torch.where(seen, -1.0, 1.0).double(), 1.0
+    weights = {
+        "self.query.weight": torch.zeros_like(matrix), "self.query.bias": bias + 1e12,
+        "self.key.weight": first, "self.key.bias": bias,
+        "self.value.weight": matrix, "self.value.bias": bias + 1,
+        "output.dense.weight": matrix.mT, "output.dense.bias": bias,
+        "output.LayerNorm.weight": bias + 1, "output.LayerNorm.bias": bias,
+    }  # fmt: skip
+
+    out = attempt(attend, weights, x, seen)
+
+    added = ((x[seen] @ matrix.mT + 1) @ matrix)[:, None]  # all queries get the same
+    assert_close(out, F.layer_norm(x + added, (d_model,), eps=SIZES["norm_eps"]))
+
+
+def test_takes_token_0_for_a_token_like_any_other(attempt, rng):
+    seed, (tokens, _) = draw_seed(rng), make_texts(rng)
+    mask = real()
+    tokens[:, 0] = tokens[1, 3:] = 0
+
+    out = attempt(hidden_states, seed, tokens, mask)
+    without_mask = attempt(hidden_states, seed, tokens)
+
+    model = oracle(seed)
+    assert_close(out[mask], model(tokens, mask).last_hidden_state[mask])
+    assert_close(without_mask, model(tokens).last_hidden_state)
+
+
+def test_keeps_nothing_from_one_call_to_the_next(attempt, rng):
+    seed, texts = draw_seed(rng), [make_texts(rng, seq_len=n) for n in (7, 13, 7)]
+    calls = [(texts[0][0], real(), texts[0][1]), (*texts[1][:1], None, None)]
+    calls += [(texts[2][0], None, None)]
+
+    outs = attempt(hidden_states_in_turn, seed, calls)
+
+    model = oracle(seed)
+    expected = [model(*call).last_hidden_state for call in calls]
+    assert_close(outs[1:], expected[1:])
+
+
 # --- the heads -----------------------------------------------------------------------------------
 
 
@@ -255,6 +330,18 @@ def test_asks_for_no_token_where_none_was_chosen(attempt, rng):
     assert_close(out, F.cross_entropy(nsp_logits, followed))
 
 
+def test_asks_for_token_0_as_for_any_other(attempt, rng):
+    mlm_logits = torch.randn(3, 5, 7, generator=rng, dtype=torch.float64)
+    nsp_logits = torch.randn(3, 2, generator=rng, dtype=torch.float64)
+    labels, followed = torch.full((3, 5), -100), torch.tensor([1, 0, 1])
+    labels[0, 1], labels[2, 2:] = 0, torch.tensor([0, 5, 6])
+
+    out = attempt(loss_of, mlm_logits, nsp_logits, labels, followed)
+
+    mlm_loss = F.cross_entropy(mlm_logits.mT, labels)
+    assert_close(out, mlm_loss + F.cross_entropy(nsp_logits, followed))
+
+
 # --- masking -------------------------------------------------------------------------------------
 
 DELTA = 1e-9  # the chance that a right version fails one comparison, at most
@@ -292,6 +379,23 @@ def test_chooses_tokens_at_the_given_rate_and_no_special_one(attempt, rng, rate)
     pairs = ~special[:, 1:] & ~special[:, :-1]
     # Of neighbours, every other pair: these are independent.
     check_share("neighbours chosen", both[:, ::2][pairs[:, ::2]], (rate or 0.15) ** 2)
+    both, pairs = chosen[::2] & chosen[1::2], ~special[::2] & ~special[1::2]
+    check_share("chosen in two rows at one place", both[pairs], (rate or 0.15) ** 2)
+
+
+def test_chooses_others_at_every_call(attempt, rng):
+    tokens, special = make_rows(rng)
+
+    one, two = (labels != -100 for labels in attempt(masked_twice, tokens, special, 3))
+
+    check_share("chosen in both calls", (one & two)[~special], 0.15**2)
+
+
+def test_chooses_each_token_whatever_becomes_of_the_others(attempt):
+    found = attempt(numbers_chosen, torch.tensor([[7, 8]]), 0.5, 80)
+
+    # That 80 calls never choose none of two, or never both: 2 · (3/4)⁸⁰ = 2 · 10⁻¹⁰.
+    assert set(found) == {0, 1, 2}, f"of two tokens, {sorted(set(found))} were chosen in 80 calls"
 
 
 def test_masks_8_of_10_and_replaces_1_and_keeps_1(attempt, rng):
@@ -318,6 +422,17 @@ def test_replaces_by_any_token_of_the_vocabulary_alike(attempt, rng):
     for token in range(1, vocab_size):
         check_share(f"tokens replaced by {token}", inputs == token, 0.1 / vocab_size)
     check_share("tokens kept", inputs == 0, 0.1 + 0.1 / vocab_size)
+    # Every other pair of neighbours, along both axes: what becomes of two is independent.
+    changed = (inputs != 77) & (inputs != 0)
+    share = 0.1 * (1 - 1 / vocab_size)
+    for where, one, other in (
+        ("in a row", (slice(None), slice(0, None, 2)), (slice(None), slice(1, None, 2))),
+        ("at one place of two rows", slice(0, None, 2), slice(1, None, 2)),
+    ):
+        both = changed[one] & changed[other]
+        check_share(f"neighbours replaced {where}", both, share**2)
+        alike = both & (inputs[one] == inputs[other])
+        check_share(f"neighbours replaced alike {where}", alike, share**2 / (vocab_size - 1))
 
 
 def test_draws_from_the_given_generator_alone(attempt, rng):

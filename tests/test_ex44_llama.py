@@ -73,6 +73,13 @@ def generate(ex, sizes, weights, ids, n_new, n_pad=None):
     return ex.generate(build(ex, sizes, weights), ids, n_new, n_pad)
 
 
+def generate_in_turn(ex, sizes, weights, calls):
+    """One model in eval mode, for each (ids, n_new, n_pad) of the calls; how it is left."""
+    model = build(ex, sizes, weights).eval()
+    outs = [ex.generate(model, *call) for call in calls]
+    return outs, model.training, torch.is_grad_enabled()
+
+
 def cost_of_generate(ex, sizes, weights, ids, n_new):
     """The flops of generate, and how many tensors it keeps for a backward pass."""
     model, kept = build(ex, sizes, weights), []
@@ -91,6 +98,17 @@ def logits_from_gguf(ex, metadata, tensors, ids):
         model = ex.from_gguf(path)
         trainable = all(p.requires_grad for p in model.parameters())
         return model(ids), trainable
+
+
+def step_on_gguf(ex, metadata, tensors, ids, grad):
+    """Read a file, and let the model learn from one gradient after the file is gone."""
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        path = Path(folder, "tiny.gguf")
+        write_gguf(path, metadata, tensors)
+        model = ex.from_gguf(path)
+    model(ids).backward(grad)
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    return {name: p for name, p in model.named_parameters()}
 
 
 def open_gguf(ex, path):
@@ -340,6 +358,35 @@ def test_continues_each_text_with_its_likeliest_tokens(attempt, rng):
     assert_close(attempt(generate, SIZES, weights, ids, 0), ids)
 
 
+def test_keeps_nothing_from_one_text_to_the_next(attempt, rng):
+    weights = random_weights(rng, SIZES)
+    calls = [(random_ids(rng, 2, 3), 2, torch.tensor([1, 0])), (random_ids(rng, 2, 6), 4, None)]
+    calls += [(random_ids(rng, 1, 1), 3, None)]
+
+    outs, in_training, with_gradients = attempt(generate_in_turn, SIZES, weights, calls)
+
+    model = llama(SIZES, weights)
+    for out, (ids, n_new, _) in list(zip(outs, calls, strict=True))[1:]:
+        assert_close(out, continued(model, ids, n_new))
+    assert (in_training, with_gradients) == (False, True)
+
+
+def test_writes_the_likeliest_token_whichever_it_is(attempt, rng):
+    sizes = SIZES | {"n_layers": 1}
+    weights, ids = random_weights(rng, sizes), random_ids(rng, 1, 4)
+    for name in ("blk.0.attn_output.weight", "blk.0.ffn_down.weight"):
+        weights[name] = torch.zeros_like(weights[name])  # each token is followed by its own choice
+    embedded = torch.nn.functional.normalize(weights["token_embd.weight"], dim=1)
+    weights["token_embd.weight"] = embedded
+    weights["output_norm.weight"] = torch.ones_like(weights["output_norm.weight"])
+    weights["output.weight"] = embedded.roll(1, 0)  # of token t: t + 1, and of the last one: 0
+    ids[0, -1] = SIZES["vocab_size"] - 3
+
+    out = attempt(generate, sizes, weights, ids, 6)
+
+    assert_close(out[0, 4:], torch.tensor([21, 22, 0, 1, 2, 3]))
+
+
 def test_sends_each_token_through_the_model_once(attempt, rng):
     weights, ids = random_weights(rng, SIZES), random_ids(rng, 2, 5)
 
@@ -371,6 +418,30 @@ def test_reads_quantised_tensors_as_they_were_meant(attempt, rng):
     assert trainable, "the parameters must require gradients"
 
 
+def test_reads_weights_that_can_be_trained(attempt, rng):
+    sizes = SIZES | {"n_layers": 1}
+    weights, ids = random_weights(rng, sizes, torch.float32), random_ids(rng, 2, 5)
+    grad = torch.randn(2, 5, sizes["vocab_size"], generator=rng)
+
+    found = attempt(step_on_gguf, metadata_of(sizes), tensors_of(weights, sizes), ids, grad)
+
+    model = llama(sizes, weights)
+    model(ids).logits.backward(grad)
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert_close(
+        found, {n: model.get_parameter(their_name(n)).detach() for n in weights}, **FLOAT32
+    )
+
+
+def test_reads_more_than_nine_layers_in_their_order(attempt, rng):
+    sizes = SIZES | {"n_layers": 12, "d_model": 8, "d_ff": 4}
+    weights, ids = random_weights(rng, sizes, torch.float32), random_ids(rng, 1, 3)
+
+    out, _ = attempt(logits_from_gguf, metadata_of(sizes), tensors_of(weights, sizes), ids)
+
+    assert_close(out, llama(sizes, weights)(ids).logits.detach(), **FLOAT32)
+
+
 # A few hundred float32 operations in another order, on logits of size 10.
 FLOAT32 = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -387,15 +458,29 @@ def test_reads_a_file_that_leaves_out_what_goes_without_saying(attempt, rng, lef
     assert_close(out, llama(sizes, weights)(ids).logits.detach(), **FLOAT32)
 
 
+@pytest.mark.parametrize("left_out", [("blk.2.",), ("token_embd", "output_norm")])
+def test_names_all_tensors_that_are_missing(attempt, rng, left_out):
+    tensors = tensors_of(random_weights(rng, SIZES, torch.float32), SIZES)
+    missing = [name for name in tensors if name.startswith(left_out)]
+    for name in missing:
+        del tensors[name]
+    expected = "".join(rf"(?=.*{re.escape(name)})" for name in missing)
+
+    with pytest.raises(ValueError, match=f"(?s){expected}"):
+        attempt(logits_from_gguf, metadata_of(SIZES), tensors, random_ids(rng, 1, 3))
+
+
 @pytest.mark.parametrize(
     "changed",
     [
         {"general.architecture": "gemma2"},
+        {"llama.vocab_size": None},
+        {"llama.block_count": None},
         {"llama.attention.layer_norm_rms_epsilon": None},
         {"blk.1.ffn_up.weight": None},
         {"rope_freqs.weight": ("F32", np.ones(4, np.float32))},
     ],
-    ids=["architecture", "metadata", "missing", "unknown"],
+    ids=["architecture", "vocab_size", "block_count", "metadata", "missing", "unknown"],
 )
 def test_refuses_a_file_that_it_would_misread(attempt, rng, changed):
     metadata = metadata_of(SIZES)
