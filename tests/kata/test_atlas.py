@@ -276,6 +276,7 @@ def test_a_solution_that_changes_is_another_version(project):
     replays, (mistake, *_) = replays_of(project, asked)
     replays(mistake, PAST)
     exercise.solution.write_text(exercise.solution.read_text() + "\n# other\n")
+    replays, _ = replays_of(project, asked)
     replays(mistake, PAST)
 
     assert len(asked) == 2

@@ -33,10 +33,11 @@ class Replays:
         self.exercise, self.make_place, self.keeps = exercise, make_place, keeps
         self.atlas = Atlas.of(exercise.root)
         self._files = [exercise.spec, *(parts / f"{stem}.py" for stem in exercise.parts)]
+        self._stamp = _stamp(exercise)
         self._places: dict[Path, Place] = {}
 
     def __call__(self, variant: Variant | None, past: Attempted) -> list[Done]:
-        path, source = _version(self.exercise, variant, _stamp(self.exercise))
+        path, source = _version(self.exercise, variant, self._stamp)
         if (done := self.known(source, past.job)) is None:
             done, certain = self._perform(path, past)
             self.keep(source, past.job, done, lasting=self.keeps and certain)
