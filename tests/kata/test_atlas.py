@@ -15,7 +15,7 @@ from kata.course import catalog, variants
 from kata.judge import atlas as atlases
 from kata.judge.atlas import Atlas, digest_of, surroundings
 from kata.judge.child import Child, Request, judge_all
-from kata.judge.replays import Replays
+from kata.judge.replays import Replays, get_ready
 
 NOT_DIVIDED = "The scores are not divided by √head_dim."
 
@@ -258,6 +258,28 @@ def test_names_need_no_replay_once_the_atlas_is_filled(project, monkeypatch):
 
     named = {spec.name: spec.mistakes for spec in report.specs if spec.status == "failed"}
     assert len(named) > 5 and set(map(tuple, named.values())) == {(NOT_DIVIDED,)}
+
+
+def test_what_a_name_needs_is_ready_before_the_save(project, monkeypatch):
+    exercise = catalog.find(project, 31)
+    get_ready(exercise)
+
+    replays, known = replays_of(project, [])
+    monkeypatch.setattr(variants, "write", None)  # not called any more
+    for mistake in known:
+        replays(mistake, PAST)
+
+
+def test_a_solution_that_changes_is_another_version(project):
+    exercise = catalog.find(project, 31)
+    asked = []
+    replays, (mistake, *_) = replays_of(project, asked)
+    replays(mistake, PAST)
+    exercise.solution.write_text(exercise.solution.read_text() + "\n# other\n")
+    replays, _ = replays_of(project, asked)
+    replays(mistake, PAST)
+
+    assert len(asked) == 2
 
 
 def test_filling_may_be_ended_at_any_moment(project):

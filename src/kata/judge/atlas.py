@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TypeVar
 
 LIMIT = 1 << 30  # bytes; beyond, what was put in first goes
-LARGEST = 1 << 20  # bytes of one entry; what is larger is not kept
+LARGEST = 16 << 20  # bytes of one entry; what is larger is not kept
 PATIENCE = 2.0  # seconds to wait for another process that writes
 LIBRARIES = ("torch", "numpy", "jax", "transformers")
 
@@ -110,6 +110,7 @@ class Atlas:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             database = sqlite3.connect(self.path, timeout=PATIENCE, isolation_level=None)
             database.execute("PRAGMA journal_mode = WAL")
+            database.execute(f"PRAGMA mmap_size = {self.limit}")
             database.execute("PRAGMA synchronous = OFF")  # a power cut may break it, a kill not
             database.executescript(TABLES)
             self._database, self._owner = database, os.getpid()

@@ -26,6 +26,7 @@ from kata.attempt.worker import ForkServer
 from kata.course.catalog import Exercise
 from kata.judge import session as sessions
 from kata.judge.limits import GRACE, SETTING_UP, is_up
+from kata.judge.replays import get_ready
 from kata.judge.report import Detail, Plan, Report, SpecReport, Starts
 from kata.judge.submission import refusal
 
@@ -142,6 +143,7 @@ class Child:
         with silence(not self.foreground):
             if ahead and "multiprocess" not in self.request.exercise.suites:
                 warm_up(self.request.exercise)
+                get_ready(self.request.exercise)
             report = judge(self.request, client)
         with silence():  # what gloo's threads say as they end
             client.send_bytes(msgspec.msgpack.encode(report))

@@ -71,24 +71,21 @@ class _Run:
         self.record, self.replay = record, replay
         self._outcomes: dict[tuple[Variant | None, int], list[Done]] = {}
         self._is_failed = [past.spec in failed for past in record]
+        self._attempts: dict[str, list[int]] = {}
+        for i, past in enumerate(record):
+            self._attempts.setdefault(past.spec, []).append(i)
         self.told: dict[str, float] = {}  # by failed spec, where attempts show why
         for i, past in enumerate(record):
             if self._is_failed[i] and not self._agrees(None, i):
                 told = telling(past.done, self._outcome(None, i))
                 self.told[past.spec] = max(told, self.told.get(past.spec, 0.0))
-        last = {past.spec: i for i, past in enumerate(record)}  # what a spec fell over
-        self._order = sorted(
-            range(len(record)),
-            key=lambda i: (
-                _seconds(record[i]) > SLOW,
-                i != last[record[i].spec] or not self._is_failed[i],
-                _seconds(record[i]),
-            ),
-        )
+        self._order = sorted(range(len(record)), key=lambda i: _seconds(record[i]))
 
     def case(self, variant: Variant) -> Case:
         """What speaks for a mistake; an empty case where anything speaks against it."""
-        explained = set(self.told)
+        explained = {spec for spec in self.told if self._explains(variant, spec)}
+        if not explained:
+            return Case(variant)
         backed: set[str] = set()
         doubtful: set[str] = set()
         for i in self._order:
@@ -108,6 +105,11 @@ class _Run:
         case = Case(variant, explained, backed - doubtful)
         certain = (few and told >= ENOUGH) or told >= MUCH or self._is_everywhere(case)
         return case if certain else Case(variant)
+
+    def _explains(self, variant: Variant, spec: str) -> bool:
+        """As far as quick attempts tell. First comes the one over which the spec fell."""
+        quick = (i for i in reversed(self._attempts[spec]) if _seconds(self.record[i]) <= SLOW)
+        return all(self._agrees(variant, i) for i in quick)
 
     def _is_everywhere(self, case: Case) -> bool:
         """Whether a mistake accounts for all that failed, and for enough of it in full."""

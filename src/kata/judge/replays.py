@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import cached_property
+from contextlib import suppress
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import msgspec
@@ -32,11 +33,11 @@ class Replays:
         self.exercise, self.make_place, self.keeps = exercise, make_place, keeps
         self.atlas = Atlas.of(exercise.root)
         self._files = [exercise.spec, *(parts / f"{stem}.py" for stem in exercise.parts)]
-        self._versions: dict[Variant | None, tuple[Path, bytes]] = {}
+        self._stamp = _stamp(exercise)
         self._places: dict[Path, Place] = {}
 
     def __call__(self, variant: Variant | None, past: Attempted) -> list[Done]:
-        path, source = self._version(variant)
+        path, source = _version(self.exercise, variant, self._stamp)
         if (done := self.known(source, past.job)) is None:
             done, certain = self._perform(path, past)
             self.keep(source, past.job, done, lasting=self.keeps and certain)
@@ -66,15 +67,28 @@ class Replays:
             busy = time.process_time() - start
             return [Done(problem=Problem(["OutOfTime"], str(error)))], busy > limit / 2
 
-    def _version(self, variant: Variant | None) -> tuple[Path, bytes]:
-        if variant not in self._versions:
-            path = variants.write(self.exercise, variant) if variant else self.exercise.solution
-            self._versions[variant] = path, path.read_bytes()
-        return self._versions[variant]
-
     def _key(self, source: bytes, job: Job) -> bytes:
         return digest_of(self.surroundings, source, job.run, job.call, job.seed, job.ranks)
 
     @cached_property
     def surroundings(self) -> bytes:
         return surroundings(self._files)
+
+
+def get_ready(exercise: Exercise) -> None:
+    """What a name needs and no learner's code decides, while nobody waits."""
+    with suppress(OSError, variants.BadMistakes):  # whoever looks for a name will be told
+        for variant in variants.load(exercise).mistake:
+            _version(exercise, variant, _stamp(exercise))
+        surroundings([exercise.spec])
+
+
+def _stamp(exercise: Exercise) -> int:
+    return exercise.solution.stat().st_mtime_ns
+
+
+@lru_cache(maxsize=1024)
+def _version(exercise: Exercise, variant: Variant | None, stamp: int) -> tuple[Path, bytes]:
+    """The file of a version, and its source, as long as the solution stays what it is."""
+    path = variants.write(exercise, variant) if variant else exercise.solution
+    return path, path.read_bytes()
