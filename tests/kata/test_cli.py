@@ -57,17 +57,16 @@ def test_a_learners_way_through_an_exercise(project):
 
 def test_what_is_begun_is_begun_in_the_verdict_on_the_map_and_in_progress_md(project):
     file, solved = (project / name / "ex01_softmax.py" for name in ("exercises", "solutions"))
-    text, whole = file.read_text(), solved.read_text()
-    first, second = (whole.index(f"def {name}(") for name in ("softmax", "logsumexp"))
-    file.write_text(
-        text[: text.index("def softmax(")]
-        + whole[first:second]
-        + text[text.index("def logsumexp(") :]
-    )
+    text, whole, last = file.read_text(), solved.read_text(), "def log_softmax("
+    file.write_text(whole[: whole.index(last)] + text[text.index(last) :])
 
-    assert "01 softmax  begun, 5 of 16 specs" in kata(project, "run", "1", status=1)
-    assert "01 softmax  begun, 5 of 16 specs" in kata(project)
-    assert re.search(r"softmax \| begun \| 5/16", (project / "progress.md").read_text())
+    begun = re.search(
+        r"01 softmax  begun, (\d+) of (\d+) specs", kata(project, "run", "1", status=1)
+    )
+    assert begun and 0 < int(begun[1]) < int(begun[2])
+    assert begun[0] in kata(project)
+    page = (project / "progress.md").read_text()
+    assert f"softmax | begun | {begun[1]}/{begun[2]}" in page
 
 
 @pytest.mark.parametrize("width", [60, 160])
@@ -128,7 +127,7 @@ def test_new_makes_floors_that_prove_themselves(project):
     assert "is taken by ex07_linear" in kata(project, "new", "7", "other", status=2)
     assert "got 'Bad-Name'" in kata(project, "new", "8", "Bad-Name", status=2)
     out = kata(project, "proof", "7")
-    assert "4 passed, 0 failed" in out
+    assert "5 passed, 0 failed" in out
 
 
 def test_a_submission_is_judged_from_wherever_the_user_stands(project, tmp_path_factory):
@@ -152,7 +151,7 @@ def test_choosing_specs_brings_no_warning_of_pytests(project):
     shutil.copy(ROOT / "pyproject.toml", project)
     out = kata(project, "run", "31", "-k", "mask", status=1)
 
-    assert "9 deselected" in out and "Warning" not in out
+    assert re.search(r"\d+ deselected", out) and "Warning" not in out
 
 
 @pytest.mark.parametrize(

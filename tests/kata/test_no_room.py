@@ -126,7 +126,7 @@ def refusal():
 def test_a_read_only_checkout_gives_verdict_name_and_warning(root):
     told = mounted(root, READ_ONLY, "$KATA run 05", "echo status $?")
 
-    assert "05 doubling  not yet  1 of 2 specs" in told
+    assert "05 doubling  not yet, 1 of 2 specs" in told
     assert "It is tripled." in told
     warning = "the run was not written down: Read-only file system (.kata/runs.jsonl)"
     assert told.count(warning) == 1
@@ -143,7 +143,7 @@ def test_a_full_disk_gives_a_verdict_and_a_warning(root):
     )  # fmt: skip
 
     first, second = told.split("status 1\n")
-    assert "05 doubling  not yet  1 of 2 specs" in first
+    assert "05 doubling  not yet, 1 of 2 specs" in first
     warning = "the run was not written down: No space left on device (.kata/runs.jsonl)"
     assert first.count(warning) == 1
     assert "It is tripled." in second
@@ -154,7 +154,7 @@ def test_a_full_disk_gives_a_verdict_and_a_warning(root):
 def test_a_record_that_can_not_be_read_costs_no_verdict(root):
     told = printed(root, "mkdir -p .kata/runs.jsonl", "$KATA run 05", "$KATA", "echo status $?")
 
-    assert "05 doubling  not yet  1 of 2 specs" in told
+    assert "05 doubling  not yet, 1 of 2 specs" in told
     assert "the run was not written down: Is a directory (.kata/runs.jsonl)" in told
     assert told.endswith("status 2\n")
 
@@ -174,7 +174,7 @@ def test_the_row_of_a_half_written_file_says_how_far_it_is(root):
     (root / "exercises/ex05_doubling.py").write_text(HALF)
     told = printed(root, "$KATA run 05", "cat progress.md")
 
-    assert "05 doubling  begun  1 of 2 specs" in told
+    assert "05 doubling  begun, 1 of 2 specs" in told
     assert "| [05](lessons/ex05_doubling.md) doubling | begun | 1/2 | 1 |" in told
     assert "**0 passed** | 1/2 | 1 |" in told
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +34,9 @@ def detail_of(bench: Bench, error: BaseException) -> Detail:
         error = error.exceptions[0]
     spec_file = str(bench.exercise.spec)
     problem = outcome.problem(error, {str(bench.path)})
-    at = [f for f in outcome.frames(error) if f.file == spec_file]
+    # Up to the attempt: what lies inside it is another process's, or was never done again.
+    ours = itertools.takewhile(lambda f: f.file != seam.__file__, outcome.frames(error))
+    at = [f for f in ours if f.file == spec_file]
     detail = Detail("raised", problem.message, frames=problem.frames)
     detail.where = f"{spec_file}:{at[-1].line}" if at else spec_file
     own = [past for past in bench.record if past.spec == bench.attempt.spec]
