@@ -65,7 +65,7 @@ HALF = """def double(x):
     return x
 """
 READ_ONLY = "mount --bind . . && cd $PWD && mount -o remount,bind,ro $PWD"
-FULL = """mkdir ../disk && mount -t tmpfs -o size=64k none ../disk && cp -r . ../disk && cd ../disk
+FULL = """mkdir ../disk && mount -t tmpfs -o size=1m none ../disk && cp -r . ../disk && cd ../disk
 ! dd if=/dev/zero of=filler bs=512 2>../dd"""
 
 
