@@ -27,12 +27,16 @@ def judged(monkeypatch):
     return jobs
 
 
-says_of = {}  # by submission: how it goes, and the mistake's name
+says_of = {}  # by submission: how it goes, the mistake's name, how the second spec goes if otherwise
 
 
 def report_of(request):
-    status, says = says_of.get(request.submission, ("passed", []))
-    return Report(request.stem, request.submission, [SpecReport("test_a", status, mistakes=says)])
+    status, says, *other = says_of.get(request.submission, ("passed", []))
+    specs = [
+        SpecReport("test_a", status, mistakes=says),
+        SpecReport("test_b", *(other or [status]), mistakes=says),
+    ]
+    return Report(request.stem, request.submission, specs)
 
 
 @pytest.fixture
@@ -43,9 +47,9 @@ def right(exercise):
         says = claim.says.partition(": ")[2]
         if claim.says.startswith("the stub"):
             says_of[claim.job.submission] = "unwritten", []
-        elif claim.says.startswith("rejects") or claim.on_top:
+        elif claim.says.startswith("rejects") or claim.alone:
             says_of[claim.job.submission] = "failed", [says]
-    return [claim.job.submission for claim in proof.claims(exercise, 0) if claim.on_top]
+    return [claim.job.submission for claim in proof.claims(exercise, 0) if claim.alone]
 
 
 def test_every_mistake_is_claimed_alone_and_on_top_of_the_first_version_that_it_fits(exercise):
@@ -53,7 +57,7 @@ def test_every_mistake_is_claimed_alone_and_on_top_of_the_first_version_that_it_
     claims = list(proof.claims(exercise, 0))
 
     assert sum(claim.says.startswith("rejects: ") for claim in claims) == len(known.mistake)
-    on_top = [claim for claim in claims if claim.on_top]
+    on_top = [claim for claim in claims if claim.alone]
     assert len(known.mistake) >= len(on_top) > 10
     assert len({claim.job.submission for claim in claims}) == len(claims)
 
@@ -106,6 +110,15 @@ def test_a_false_name_on_top_is_a_fault(exercise, judged, right, capsys):
 
 def test_what_passes_on_top_is_no_mistake_any_more(exercise, judged, right, capsys):
     says_of[right[0]] = "passed", []
+
+    assert proof.main([exercise]) == 0
+    assert f"{len(right) - 1} of {len(right) - 1} mistakes" in capsys.readouterr().out
+
+
+def test_what_passes_a_spec_on_top_that_it_fails_alone_is_another_mistake(
+    exercise, judged, right, capsys
+):
+    says_of[right[0]] = "failed", [], "passed"
 
     assert proof.main([exercise]) == 0
     assert f"{len(right) - 1} of {len(right) - 1} mistakes" in capsys.readouterr().out

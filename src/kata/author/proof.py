@@ -42,16 +42,18 @@ MANY = 100  # mistakes on top of accepted versions, from which their share is ju
 class Claim:
     """One thing to show. `check` gives what contradicts it in the report of the job.
 
-    `on_top`: of such claims a few may miss, see NAMED_ON_TOP.
+    `alone`: of a mistake on top of another version, the claim for the mistake itself. Of the claims
+    on top a few may miss, see NAMED_ON_TOP.
     """
 
     exercise: Exercise
     says: str
     job: Request
     check: Check
-    on_top: bool = False
+    alone: Claim | None = None
     faults: list[str] = field(default_factory=list)
-    named: bool | None = None  # on top: whether it is; None if nothing is wrong with it
+    failed: set[str] = field(default_factory=set)  # specs
+    named: bool | None = None  # on top: whether it is; None where it is not the same mistake
     seconds: float = 0.0
 
 
@@ -70,16 +72,18 @@ def claims(exercise: Exercise, seed: int, most: int = 99) -> Iterator[Claim]:
 
     yield claim("the reference passes", exercise.solution, seeded, _passes_in_time)
     yield claim("the stub is not written yet", exercise.stub, light, _is_unwritten)
+    alone = []
     for wrong in known.mistake[:most]:
         path = variants.write(exercise, wrong)
-        yield claim(f"rejects: {wrong.says}", path, light, _names(wrong.says))
+        alone.append(claim(f"rejects: {wrong.says}", path, light, _names(wrong.says)))
+    yield from alone
     for right in known.accept[:most]:
         yield claim(f"accepts: {right.says}", variants.write(exercise, right), light, _passes)
-    for wrong in known.mistake[:most]:
+    for wrong, itself in zip(known.mistake, alone, strict=False):
         if both := _on_top(exercise, known.accept, wrong):
             path, check = variants.write(exercise, both), _names_no_other(wrong.says)
             said = f"on top of another version: {wrong.says}"
-            yield replace(claim(said, path, light, check), on_top=True)
+            yield replace(claim(said, path, light, check), alone=itself)
 
 
 def _on_top(exercise: Exercise, accepted: Iterable[Variant], wrong: Variant) -> Variant | None:
@@ -123,11 +127,17 @@ def prove(
 
     for claim, report, seconds in judged():
         claim.faults = [report.error.message] if report.error else claim.check(report)
-        claim.named = bool(report.mistakes) if claim.on_top and report.count("failed") else None
+        claim.failed = {spec.name for spec in report.specs if spec.status == "failed"}
+        claim.named = bool(report.mistakes)
         claim.seconds = seconds
         left[claim.exercise] -= 1
         if left[claim.exercise] == 0:
-            yield [c for c in every if c.exercise == claim.exercise]
+            proved = [c for c in every if c.exercise == claim.exercise]
+            for c in proved:
+                # Where a version makes right what the mistake alone makes wrong, it is another one.
+                if c.alone is None or not c.failed or not c.alone.failed <= c.failed:
+                    c.named = None
+            yield proved
 
 
 def keep(job: Request, report: Report) -> None:
