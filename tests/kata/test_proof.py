@@ -27,7 +27,7 @@ def judged(monkeypatch):
     return jobs
 
 
-says_of = {}  # by submission: how it goes, the mistake's name, how the second spec goes if otherwise
+says_of = {}  # by submission: how it goes, the mistake's name, and how spec b goes if otherwise
 
 
 def report_of(request):
