@@ -31,8 +31,9 @@ class Linear(Function):
     gradient is wanted. For one that is not, backward computes nothing. Forward keeps x only
     if the gradient of the weight is wanted, the weight only if that of x is, and nothing
     else; it keeps them through ctx.save_for_backward, which notices when they are changed
-    before backward. Backward makes no tensor larger than the largest of x, weight and y.
-    Second derivatives are right as well.
+    before backward. A copy of them would be something else, too. Neither forward nor backward
+    makes a tensor larger than the largest of x, weight and y. Second derivatives are right as
+    well.
     """
 
     @staticmethod

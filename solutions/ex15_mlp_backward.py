@@ -35,9 +35,10 @@ class MLP(Function):
     b2:   (d_model,)
 
     Kept for backward are inputs alone, through ctx.save_for_backward. Forward makes two
-    matrix products and backward five, of d_model · d_ff multiplications for each row. A second
-    derivative is right, or refused with a RuntimeError (`once_differentiable` of
-    torch.autograd.function does that); it is never silently wrong.
+    matrix products and backward five, of d_model · d_ff multiplications for each row, and
+    neither makes a tensor larger than the largest of y, h, w1 and w2. A second derivative
+    is right, or refused with a RuntimeError (`once_differentiable` of torch.autograd.function
+    does that); it is never silently wrong.
     """
 
     @staticmethod

@@ -33,6 +33,22 @@ def add_learned(ex, x, weight, **start):
     return learned(ex, weight)(x, **start)
 
 
+def add_waves_to_each(ex, xs, max_len):
+    """One module, called with one x after the other, and the gradient of each x."""
+    module = ex.SinusoidalPositions(xs[0].shape[-1], max_len)
+    outs = [module(x.requires_grad_()) for x in xs]
+    return outs, torch.autograd.grad([out.sum() for out in outs], xs)
+
+
+def add_learned_to_each(ex, xs, weight, starts):
+    module = learned(ex, weight)
+    return [module(x, start=start) for x, start in zip(xs, starts, strict=True)]
+
+
+def two_fresh_weights(ex):
+    return [ex.LearnedPositions(4, 5).weight for _ in range(2)]
+
+
 def stored(ex, d_model, max_len):
     """What the two modules train, and what a checkpoint holds of them."""
     modules = ex.SinusoidalPositions(d_model, max_len), ex.LearnedPositions(d_model, max_len)
@@ -95,7 +111,8 @@ def test_gives_each_position_a_sine_and_a_cosine_of_every_frequency(attempt, seq
     shape, table = attempt(rows, seq_len, d_model, torch.float64)
 
     assert shape == [seq_len, d_model]
-    assert_close(table, closed_form(range(seq_len), d_model))
+    # float32 on the way would cost 6e-8.
+    assert_close(table, closed_form(range(seq_len), d_model), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -154,6 +171,33 @@ def test_keeps_the_dtype_of_what_comes_in(attempt, rng, dtype):
     # The waves are rounded to float32 or coarser before the sum, which is rounded again.
     eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
     assert_close(out, expected, atol=4 * eps)
+
+
+def test_adds_the_same_waves_at_every_call_and_passes_gradients_on(attempt, rng):
+    dtypes = (torch.float32, torch.bfloat16, torch.float32, torch.float32)
+    xs = [draw(rng, 2, n, 6).to(dtype) for n, dtype in zip((3, 5, 8, 2), dtypes, strict=True)]
+
+    outs, grads = attempt(add_waves_to_each, xs, 9)
+
+    waves = [closed_form(range(x.shape[-2]), 6, x.dtype) for x in xs]
+    assert_close(outs, [x + p for x, p in zip(xs, waves, strict=True)])
+    assert_close(grads, [torch.ones_like(x) for x in xs])
+
+
+def test_keeps_no_start_from_one_call_to_the_next(attempt, rng):
+    xs, weight = [draw(rng, 2, n, 6) for n in (3, 2, 4)], draw(rng, 9, 6)
+    starts = 2, 6, 0
+
+    outs = attempt(add_learned_to_each, xs, weight, starts)
+
+    rows_of = [weight[s : s + x.shape[-2]] for x, s in zip(xs, starts, strict=True)]
+    assert_close(outs, [x + r for x, r in zip(xs, rows_of, strict=True)])
+
+
+def test_draws_each_learned_table_anew(attempt):
+    first, second = attempt(two_fresh_weights)
+
+    assert not torch.equal(first, second), "two tables hold the same numbers"
 
 
 def test_trains_and_stores_the_learned_table_alone(attempt):
