@@ -108,7 +108,8 @@ def same(a: Any, b: Any) -> bool:
             return False
         if not a.numel():  # an empty one keeps odd strides, and has no bits
             return True
-        bits = [x.contiguous().reshape(-1).view(torch.uint8) for x in (a, b)]
+        bits = [x.clone(memory_format=torch.contiguous_format).reshape(-1) for x in (a, b)]
+        bits = [x.view(torch.uint8) for x in bits]
         return a.stride() == b.stride() and torch.equal(*bits)
     if isinstance(a, (np.ndarray, np.generic)):
         alike = (a.dtype, a.shape) == (b.dtype, b.shape)
