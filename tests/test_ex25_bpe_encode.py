@@ -387,10 +387,10 @@ def test_gives_the_same_ids_however_the_text_is_cut(attempt, np_rng):
         ["b*c", "!!"],
         ["*c", "!!b*", "c"],
         ["*c!", "c!"],
-        ["x 1 2 3 y", " z"],  # of two beginnings the earlier is right
-        ["x 1 2 3 y", " w"],  # the later
-        ["ab x 1 2 3 y ", "z"],
-        ["p q r s*c", "!!"],  # "*c" lies within one that is done
+        ["c!x 1 2 3 y", " z"],  # of two beginnings the earlier is right
+        ["c!x 1 2 3 y", " w"],  # the later
+        ["c!ab x 1 2 3 y ", "z"],
+        ["c!p q r s*c", "!!"],  # "*c" lies within one that is done
         ["<|", "<|a|>"],
         ["e", "\u0301", " é"],
     ],
@@ -498,6 +498,8 @@ def test_encodes_the_manual_of_python_as_smollm2_reads_it(attempt):
     tokens, kinds, merges = (metadata[f"tokenizer.ggml.{name}"] for name in names)
     specials = {token: i for i, token in enumerate(tokens) if kinds[i] == CONTROL}
     vocab = {i: unspelt(token) for i, token in enumerate(tokens) if token not in specials}
+    missing = {bytes([i]) for i in range(256)} - set(vocab.values())  # some that no text here has
+    vocab |= {len(tokens) + i: byte for i, byte in enumerate(sorted(missing))}
     learnt = vocab, [tuple(map(unspelt, pair.split(" "))) for pair in merges]
     pages = [f"<|im_start|>{name}\n{page}<|im_end|>\n" for name, page in topics.items()]
 
