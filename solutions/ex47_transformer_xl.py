@@ -99,8 +99,8 @@ class RelativeAttention(nn.Module):
 
         x:       (batch, n_queries, d_model), dtype of the weights
         memory:  (batch, n_memory, d_model), the tokens right before x, n_memory 0 or more; or None
-        returns: (batch, n_queries, d_model), dtype of x, finite for scores of any size in float32 and
-                 float64; half a precision may round anything on the way
+        returns: (batch, n_queries, d_model), dtype of x. In float32 and float64 scores of any size
+                 give finite results; half a precision may round anything on the way
 
         Keys and values of the memory are made from it here, with today's weights, which learn from
         them. But no gradient reaches the memory itself.
