@@ -54,6 +54,10 @@ def dual_chunk_attention(
 
     A token sees itself. Each query is compared with each key at most once, in the one way that
     counts: three times all scores would be three times the work. seq_len is at least 1.
+
+    Angles are float64 whatever the dtype of q: no coarser one knows all places of a million. In
+    float16 and bfloat16 anything else may be rounded on the way; in float32 and float64 scores of
+    any size give finite results. Raises ValueError as query_positions does, for any text.
     """
     raise NotImplementedError("exercise 46 is not written yet")
 
@@ -90,6 +94,7 @@ class DualChunkAttention(nn.Module):
         x:       (batch, seq_len, d_model)
         returns: (batch, seq_len, d_model)
 
-        rope_theta is the base of the frequencies.
+        rope_theta is the base of the frequencies, which are float64 in a layer of any dtype. A
+        call keeps nothing of its text: the next may be longer, shorter, or of another dtype.
         """
         raise NotImplementedError("exercise 46 is not written yet")

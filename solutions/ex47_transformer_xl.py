@@ -99,7 +99,8 @@ class RelativeAttention(nn.Module):
 
         x:       (batch, n_queries, d_model), dtype of the weights
         memory:  (batch, n_memory, d_model), the tokens right before x, n_memory 0 or more; or None
-        returns: (batch, n_queries, d_model)
+        returns: (batch, n_queries, d_model), dtype of x. In float32 and float64 scores of any size
+                 give finite results; half a precision may round anything on the way
 
         Keys and values of the memory are made from it here, with today's weights, which learn from
         them. But no gradient reaches the memory itself.
@@ -122,11 +123,12 @@ def update_memory(memory: Tensor | None, x: Tensor, mem_len: int) -> Tensor:
     x:       (batch, n_new, d_model), the tokens after it
     mem_len: int, 0 or more
     returns: (batch, min(mem_len, n_memory + n_new), d_model), in the order of the text, cut from
-             the graph: it needs no gradient, and keeps no segment's intermediate results alive
+             the graph: it needs no gradient, and keeps no segment's intermediate results alive. In
+             memory of its own: whoever writes into x or memory later doesn't change what was kept
     """
     # solution
     memory = x if memory is None else torch.cat((memory, x), dim=1)
-    return memory[:, max(0, memory.shape[1] - mem_len) :].detach()
+    return memory[:, max(0, memory.shape[1] - mem_len) :].detach().clone()
 
 
 class Block(nn.Module):
@@ -158,7 +160,8 @@ class TransformerXL(nn.Module):
         """Read a segment, and say what to remember for the next one.
 
         x:        (batch, seq_len, d_model), embedded tokens
-        memories: what the call for the segment before returned; None for the first segment
+        memories: what the call for the segment before returned, and all that a call knows of it;
+                  None for the first segment. They stay as they were: a text may go on in two ways
         returns:  (batch, seq_len, d_model), and one memory for each layer: the last mem_len of all
                   that this layer was given as x so far, as update_memory keeps them
 

@@ -25,9 +25,9 @@ from torch import Tensor
 def linear_betas(n_steps: int, first: float = 1e-4, last: float = 0.02) -> Tensor:
     """Space the variances of the noise evenly, both ends included.
 
-    returns: (n_steps,) float64, β of each step, from first to last
+    returns: (n_steps,) float64, β of each step, from first to last, which may be the smaller one
 
-    One step alone has β = first.
+    One step alone has β = first. Every call makes a tensor of its own.
     """
     # solution
     return torch.linspace(first, last, n_steps, dtype=torch.float64)
@@ -38,7 +38,7 @@ def cosine_betas(n_steps: int, offset: float = 0.008, largest: float = 0.999) ->
 
     offset:  keeps the first β from being too small to matter
     largest: no β exceeds it
-    returns: (n_steps,) float64, β of each step
+    returns: (n_steps,) float64, β of each step; every call makes a tensor of its own
 
     With f(u) = cos²((u + offset) / (1 + offset) · π/2), the share of the signal's variance
     that is left after k of n_steps steps is f(k / n_steps) / f(0), as long as no β is cut:
@@ -53,11 +53,12 @@ def cosine_betas(n_steps: int, offset: float = 0.008, largest: float = 0.999) ->
 def q_step(x: Tensor, t: Tensor, betas: Tensor, noise: Tensor) -> Tensor:
     """Add the noise of one step: from the image before step t to the one after it.
 
-    x:       (batch, ...) any number of further dimensions, before step t
+    x:       (batch, ...) any number of further dimensions, before step t; batch may be 0
     t:       (batch,) int64, 0 … n_steps − 1, a step for each sample
-    betas:   (n_steps,) float64
+    betas:   (n_steps,) float64, each from 0 to 1
     noise:   like x, drawn from N(0, 1)
-    returns: like x, and in its dtype (the factors are worked out in float64 first)
+    returns: like x, and in its dtype. Each factor is worked out in float64 and rounded once, when
+             it is finished, or not at all. Gradients reach x and noise
 
     A t outside 0 … n_steps − 1 raises IndexError. (A tensor takes −1 for its last entry: a
     mistake that would not show.)
@@ -72,9 +73,9 @@ def q_sample(x_0: Tensor, t: Tensor, betas: Tensor, noise: Tensor) -> Tensor:
 
     x_0:     (batch, ...) any number of further dimensions, data without noise
     t:       (batch,) int64, 0 … n_steps − 1, a last step for each sample
-    betas:   (n_steps,) float64
+    betas:   (n_steps,) float64, each from 0 to 1
     noise:   like x_0, drawn from N(0, 1)
-    returns: like x_0; dtype and errors as in q_step
+    returns: like x_0; dtype, factors, gradients and errors as in q_step
     """
     # solution
     alpha_bar = _at((1 - betas).cumprod(0), t)

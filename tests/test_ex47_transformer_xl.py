@@ -13,7 +13,7 @@ from kata.testing import assert_close
 
 pytestmark = pytest.mark.cpu
 
-BATCH, N_HEADS, HEAD_DIM, D_FF, N_LAYERS = 2, 3, 4, 7, 2
+BATCH, N_HEADS, HEAD_DIM, D_FF, N_LAYERS = 2, 3, 6, 7, 2
 D_MODEL = N_HEADS * HEAD_DIM
 
 
@@ -49,6 +49,16 @@ def attend(ex, weights, x, memory=None):
         return new_attention(ex, weights)(x, memory)
 
 
+def attend_in_turn(ex, texts):
+    """One layer: for each (weights, x, memory) what it makes of x with these weights."""
+    layer, found = new_attention(ex, texts[0][0]), []
+    for weights, x, memory in texts:
+        layer.to(x.dtype).load_state_dict(weights)
+        with torch.no_grad():
+            found.append(layer(x, memory))
+    return found
+
+
 def learn(ex, weights, x, memory, grad):
     """Gradients of the weights, of x and of the memory."""
     layer = new_attention(ex, weights)
@@ -63,6 +73,15 @@ def remember(ex, memory, x, mem_len):
     return kept, kept.requires_grad
 
 
+def remember_and_write(ex, memory, x, mem_len):
+    """What is kept of x and of an older memory, once both have been overwritten."""
+    kept = ex.update_memory(memory, x, mem_len)
+    for old in (memory, x):
+        if old is not None:
+            old.zero_()
+    return kept
+
+
 def read(ex, weights, x, segments, mem_len):
     """A text in segments: all results in a row, and the memories that are left."""
     model = new_model(ex, weights, mem_len)
@@ -74,12 +93,22 @@ def read(ex, weights, x, segments, mem_len):
     return torch.cat(outs, dim=1), list(memories)
 
 
+def read_branches(ex, weights, first, ways):
+    """One model: the results of a first segment, of each way to go on, and of the first again."""
+    model, buffer = new_model(ex, weights, first.shape[1]), first.clone()
+    with torch.no_grad():
+        out, memories = model(buffer)
+        buffer.zero_()  # the caller's own, which it may use again
+        outs = [out] + [model(second, memories)[0] for second in ways]
+        return [*outs, model(first)[0]]
+
+
 def learn_from_the_second(ex, weights, first, second, grad):
     """Gradients of the weights and of both segments, given that of the second one's result."""
     model = new_model(ex, weights, first.shape[1])
     inputs = [x.clone().requires_grad_() for x in (first, second)]
     _, memories = model(inputs[0])
-    model(inputs[1], memories)[0].backward(grad)
+    model(inputs[1], tuple(memories))[0].backward(grad)
     of_inputs = [torch.zeros_like(x) if x.grad is None else x.grad for x in inputs]
     return {name: own.grad for name, own in model.named_parameters()}, of_inputs
 
@@ -119,13 +148,13 @@ def randn(rng, *shape):
     return torch.randn(*shape, generator=rng, dtype=torch.float64)
 
 
-def parts_of_scores(rng, n_queries, n_keys, batch=BATCH, head_dim=HEAD_DIM):
+def parts_of_scores(rng, n_queries, n_keys, batch=BATCH, n_heads=N_HEADS, head_dim=HEAD_DIM):
     return (
-        randn(rng, batch, N_HEADS, n_queries, head_dim),
-        randn(rng, batch, N_HEADS, n_keys, head_dim),
-        randn(rng, N_HEADS, n_keys, head_dim),
-        randn(rng, N_HEADS, head_dim),
-        randn(rng, N_HEADS, head_dim),
+        randn(rng, batch, n_heads, n_queries, head_dim),
+        randn(rng, batch, n_heads, n_keys, head_dim),
+        randn(rng, n_heads, n_keys, head_dim),
+        randn(rng, n_heads, head_dim),
+        randn(rng, n_heads, head_dim),
     )
 
 
@@ -150,7 +179,7 @@ def pair_by_pair(q, k, r, u, v):
 def weights_of_attention(rng, prefix=""):
     """Large enough that content and distance both matter."""
     names = ("q_proj", "k_proj", "v_proj", "r_proj", "o_proj")
-    weights = {f"{name}.weight": 0.4 * randn(rng, D_MODEL, D_MODEL) for name in names}
+    weights = {f"{name}.weight": 0.33 * randn(rng, D_MODEL, D_MODEL) for name in names}
     weights |= {name: randn(rng, N_HEADS, HEAD_DIM) for name in ("u", "v")}
     return {prefix + name: weight for name, weight in weights.items()}
 
@@ -159,10 +188,10 @@ def weights_of_model(rng):
     weights = {}
     for layer in (f"layers.{n}." for n in range(N_LAYERS)):
         weights |= weights_of_attention(rng, f"{layer}attn.")
-        weights[f"{layer}ff.w_1.weight"] = 0.4 * randn(rng, D_FF, D_MODEL)
-        weights[f"{layer}ff.w_1.bias"] = 0.4 * randn(rng, D_FF)
-        weights[f"{layer}ff.w_2.weight"] = 0.4 * randn(rng, D_MODEL, D_FF)
-        weights[f"{layer}ff.w_2.bias"] = 0.4 * randn(rng, D_MODEL)
+        weights[f"{layer}ff.w_1.weight"] = 0.33 * randn(rng, D_FF, D_MODEL)
+        weights[f"{layer}ff.w_1.bias"] = 0.33 * randn(rng, D_FF)
+        weights[f"{layer}ff.w_2.weight"] = 0.33 * randn(rng, D_MODEL, D_FF)
+        weights[f"{layer}ff.w_2.bias"] = 0.33 * randn(rng, D_MODEL)
         for norm in ("norm_1", "norm_2"):
             weights[f"{layer}{norm}.weight"] = 1 + 0.3 * randn(rng, D_MODEL)
             weights[f"{layer}{norm}.bias"] = 0.3 * randn(rng, D_MODEL)
@@ -175,6 +204,11 @@ def wave(n):
     return [f(angle) for angle in angles for f in (math.sin, math.cos)]
 
 
+def rows_of_distances(weights, n):
+    waves = torch.tensor([wave(distance) for distance in range(n)], dtype=torch.float64)
+    return (waves @ weights["r_proj.weight"].mT).unflatten(-1, (N_HEADS, HEAD_DIM))
+
+
 def direct_attention(weights, text, seen):
     """Attention of the last tokens of a text to all of it: one r for every pair, and a mask."""
     n_queries, n_keys = seen.shape
@@ -182,8 +216,7 @@ def direct_attention(weights, text, seen):
         (y @ weights[f"{name}_proj.weight"].mT).unflatten(-1, (N_HEADS, HEAD_DIM))
         for name, y in (("q", text[:, n_keys - n_queries :]), ("k", text), ("v", text))
     )
-    waves = torch.tensor([wave(n) for n in range(n_keys)], dtype=text.dtype)
-    r = (waves @ weights["r_proj.weight"].mT).unflatten(-1, (N_HEADS, HEAD_DIM))
+    r = rows_of_distances(weights, n_keys)
     back = torch.arange(n_keys)[n_keys - n_queries :, None] - torch.arange(n_keys)
     r = r[back.clamp(min=0)]  # (n_queries, n_keys, n_heads, head_dim)
     found = (
@@ -230,32 +263,53 @@ def one_pass(weights, x, segments, mem_len, learned=0):
 
 
 @settings(max_examples=15, phases=[Phase.generate])  # as small as they come
-@given(n_queries=st.integers(0, 5), n_memory=st.integers(0, 4), seed=st.integers(0, 999))
-def test_moves_a_score_from_its_distance_to_its_key(attempt, n_queries, n_memory, seed):
+@given(
+    n_queries=st.integers(0, 5),
+    n_memory=st.integers(0, 4),
+    leading=st.sampled_from([(), (1,), (2, 3)]),
+    seed=st.integers(0, 999),
+)
+def test_moves_a_score_from_its_distance_to_its_key(attempt, n_queries, n_memory, leading, seed):
     n_keys = n_memory + n_queries
-    x = randn(torch.Generator().manual_seed(seed), BATCH, n_keys, n_queries).mT
+    x = randn(torch.Generator().manual_seed(seed), *leading, n_keys, n_queries).mT
 
     out = attempt(shift, x)
 
-    expected = torch.zeros(BATCH, n_queries, n_keys, dtype=torch.float64)
+    expected = torch.zeros(*leading, n_queries, n_keys, dtype=torch.float64)
     for i in range(n_queries):
         for j in range(n_memory + i + 1):
-            expected[:, i, j] = x[:, i, n_keys - 1 - (n_memory + i - j)]
+            expected[..., i, j] = x[..., i, n_keys - 1 - (n_memory + i - j)]
     assert_close(out, expected)
 
 
-def test_refuses_to_shift_fewer_keys_than_queries(attempt, rng):
-    with pytest.raises(ValueError, match=r"3\D+5|5\D+3"):
-        attempt(shift, randn(rng, BATCH, 5, 3))
+@pytest.mark.parametrize(("n_queries", "n_keys"), [(5, 3), (5, 4), (1, 0)])
+def test_refuses_to_shift_fewer_keys_than_queries(attempt, rng, n_queries, n_keys):
+    both = rf"{n_queries}\D+{n_keys}|{n_keys}\D+{n_queries}"
+    with pytest.raises(ValueError, match=both):
+        attempt(shift, randn(rng, BATCH, n_queries, n_keys))
 
 
-@pytest.mark.parametrize("n_memory", [0, 2, 9])
-def test_adds_the_four_terms_for_every_pair(attempt, rng, n_memory):
-    inputs = parts_of_scores(rng, 5, n_memory + 5)
+@pytest.mark.parametrize(
+    ("batch", "n_heads", "n_queries", "n_memory"),
+    [(2, 3, 5, 0), (2, 3, 5, 2), (2, 3, 5, 9), (1, 3, 1, 4), (3, 1, 5, 2), (1, 1, 1, 0)],
+)
+def test_adds_the_four_terms_for_every_pair(attempt, rng, batch, n_heads, n_queries, n_memory):
+    inputs = parts_of_scores(rng, n_queries, n_memory + n_queries, batch, n_heads)
 
     out = attempt(scores, *inputs)
 
     assert_close(out, pair_by_pair(*inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_scores_have_the_dtype_of_the_queries(attempt, rng, dtype):
+    inputs = [x.to(dtype) for x in parts_of_scores(rng, 5, 7)]
+
+    out = attempt(scores, *inputs)
+
+    # Each sum on the way is rounded, by half an eps of what may be 16.
+    expected = pair_by_pair(*(x.double() for x in inputs)).to(dtype)
+    assert_close(out, expected, atol=32 * torch.finfo(dtype).eps)
 
 
 def test_sends_gradients_to_all_parts_of_a_score(attempt, rng):
@@ -290,9 +344,42 @@ def test_gathers_from_the_memory_and_from_the_past(attempt, rng, n_memory):
     assert_close(out, direct_attention(weights, text, causal(5, text.shape[1])))
 
 
-def test_learns_from_the_memory_without_a_gradient_into_it(attempt, rng):
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float64, 1e11), (torch.float32, 1e10)])
+def test_gathers_from_a_token_itself_however_low_it_scores(attempt, rng, dtype, size, sign):
+    weights = {name: weight.to(dtype) for name, weight in weights_of_attention(rng).items()}
+    itself = rows_of_distances({name: weight.double() for name, weight in weights.items()}, 1)[0]
+    weights["v"] = (sign * size * itself).to(dtype)  # distance 0 counts most: for it or against it
+    x = randn(rng, BATCH, 4, D_MODEL).to(dtype)
+
+    out = attempt(attend, weights, x)
+
+    weights = {name: weight.double() for name, weight in weights.items()}
+    assert_close(out, direct_attention(weights, x.double(), causal(4, 4)).to(dtype))
+
+
+def test_attends_to_every_text_anew(attempt, rng):
+    kinds = [(5, 9, torch.float32), (4, None, torch.float64), (5, 9, torch.float64)]
+    kinds += [(2, 1, torch.float64), (6, 12, torch.float64)]
+    texts = []
+    for n, n_memory, dtype in kinds:
+        weights = {name: weight.to(dtype) for name, weight in weights_of_attention(rng).items()}
+        x, memory = (randn(rng, BATCH, m or 0, D_MODEL).to(dtype) for m in (n, n_memory))
+        texts.append((weights, x, None if n_memory is None else memory))
+
+    outs = attempt(attend_in_turn, texts)
+
+    for out, (weights, x, memory) in zip(outs, texts, strict=True):
+        text = (x if memory is None else torch.cat((memory, x), dim=1)).double()
+        weights = {name: weight.double() for name, weight in weights.items()}
+        expected = direct_attention(weights, text, causal(x.shape[1], text.shape[1]))
+        assert_close(out, expected.to(x.dtype))
+
+
+@pytest.mark.parametrize("n_memory", [0, 6])
+def test_learns_from_the_memory_without_a_gradient_into_it(attempt, rng, n_memory):
     weights, x = weights_of_attention(rng), randn(rng, BATCH, 4, D_MODEL)
-    memory, grad = randn(rng, BATCH, 6, D_MODEL), randn(rng, BATCH, 4, D_MODEL)
+    memory, grad = randn(rng, BATCH, n_memory, D_MODEL), randn(rng, BATCH, 4, D_MODEL)
 
     of_weights, of_x, of_memory = attempt(learn, weights, x, memory, grad)
 
@@ -300,7 +387,7 @@ def test_learns_from_the_memory_without_a_gradient_into_it(attempt, rng):
         "x": x.clone().requires_grad_()
     }
     text = torch.cat((memory, leaves["x"]), dim=1)
-    direct_attention(leaves, text, causal(4, 10)).backward(grad)
+    direct_attention(leaves, text, causal(4, n_memory + 4)).backward(grad)
     assert_close(of_memory, torch.zeros_like(memory))
     assert_close(of_x, leaves["x"].grad)
     assert_close(of_weights, {name: leaves[name].grad for name in weights})
@@ -334,6 +421,17 @@ def test_remembers_the_last_tokens_cut_from_the_graph(attempt, rng, n_memory, me
     assert not needs_gradient, "the memory is still part of the graph that made it"
 
 
+@pytest.mark.parametrize(("n_memory", "mem_len"), [(None, 3), (None, 2), (4, 7), (0, 5)])
+def test_remembers_in_memory_of_its_own(attempt, rng, n_memory, mem_len):
+    x = randn(rng, BATCH, 3, D_MODEL)
+    memory = None if n_memory is None else randn(rng, BATCH, n_memory, D_MODEL)
+
+    kept = attempt(remember_and_write, memory, x, mem_len, may_change=True)
+
+    text = x if memory is None else torch.cat((memory, x), dim=1)
+    assert_close(kept, text[:, -mem_len:])
+
+
 @pytest.mark.parametrize(
     ("segments", "mem_len"),
     [([5, 5], 5), ([3, 4, 2, 3], 8), ([6, 4, 5], 2), ([4, 3], 0), ([5, *[1] * 5], 4), ([4, 3], 50)],
@@ -347,6 +445,19 @@ def test_reads_segments_as_one_pass_with_the_matching_mask(attempt, rng, segment
     expected, inputs = one_pass(weights, x, segments, mem_len)
     assert_close(out, expected)
     assert_close(memories, [y[:, max(0, sum(segments) - mem_len) :] for y in inputs])
+
+
+def test_knows_of_the_past_what_the_memories_hold_and_nothing_else(attempt, rng):
+    weights = weights_of_model(rng)
+    first, *ways = (randn(rng, BATCH, n, D_MODEL) for n in (4, 4, 6, 1))
+
+    out, *outs, again = attempt(read_branches, weights, first, ways)
+
+    for second, found in zip(ways, outs, strict=True):
+        text = torch.cat((first, second), dim=1)
+        expected, _ = one_pass(weights, text, [4, second.shape[1]], 4)
+        assert_close(found, expected[:, 4:])
+    assert_close([out, again], [one_pass(weights, first, [4], 4)[0]] * 2)
 
 
 def test_learns_through_all_layers_but_not_from_the_segment_before(attempt, rng):
@@ -363,7 +474,7 @@ def test_learns_through_all_layers_but_not_from_the_segment_before(attempt, rng)
     assert_close(of_weights, {name: leaf.grad for name, leaf in leaves.items()})
 
 
-@pytest.mark.parametrize("n_memories", [1, 3])
+@pytest.mark.parametrize("n_memories", [0, 1, 3])
 def test_rejects_another_number_of_memories_than_of_layers(attempt, rng, n_memories):
     weights, x = weights_of_model(rng), randn(rng, BATCH, 5, D_MODEL)
     memories = [randn(rng, BATCH, 4, D_MODEL)] * n_memories

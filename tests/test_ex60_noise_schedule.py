@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kata.testing import assert_close
@@ -29,6 +29,30 @@ def sample(ex, x_0, t, betas, noise):
     return ex.q_sample(x_0, t, betas, noise)
 
 
+def schedules(ex, settings):
+    """One schedule after the other; each is overwritten once it has been read."""
+    found = []
+    for name, n_steps, options in settings:
+        betas = getattr(ex, name)(n_steps, **options)
+        found.append(betas.clone())
+        betas.zero_()
+    return found
+
+
+def with_each(ex, name, x, t, schedules, noise):
+    """What q_step or q_sample makes of x with each schedule, all in the same tensor in turn."""
+    betas, found = torch.empty_like(schedules[0]), []
+    for schedule in schedules:
+        found.append(getattr(ex, name)(x, t, betas.copy_(schedule), noise))
+    return found
+
+
+def gradients(ex, name, x, t, betas, noise, upstream):
+    inputs = [y.clone().requires_grad_() for y in (x, noise)]
+    out = getattr(ex, name)(inputs[0], t, betas, inputs[1])
+    return torch.autograd.grad(out, inputs, upstream, allow_unused=True)
+
+
 def walk(ex, x, betas, noises):
     """x after each step, one step after the other."""
     images = []
@@ -50,16 +74,27 @@ def alpha_bar(betas, t):
     return math.prod(1 - beta for beta in betas[: t + 1].tolist())
 
 
+def factors(name, betas, t):
+    """Those of the image and of the noise, in float64, for each t."""
+    kept = [alpha_bar(betas, s) if name == "q_sample" else 1 - betas[s].item() for s in t.tolist()]
+    kept = torch.tensor(kept, dtype=torch.float64)
+    return kept.sqrt(), (1 - kept).sqrt()
+
+
 def signal_left(share, offset=0.008):
     return math.cos((share + offset) / (1 + offset) * math.pi / 2) ** 2
 
 
-def test_linear_betas_rise_evenly_from_the_first_to_the_last(attempt):
-    out = attempt(linear, 5, first=0.1, last=0.3)
+@pytest.mark.parametrize(
+    ("n_steps", "ends"), [(5, (0.1, 0.3)), (4, (0.3, 0.1)), (1, ()), (2, ()), (100, ())]
+)
+def test_linear_betas_go_evenly_from_the_first_to_the_last(attempt, n_steps, ends):
+    out = attempt(linear, n_steps, *ends)
 
-    assert_close(out, torch.tensor([0.1, 0.15, 0.2, 0.25, 0.3], dtype=torch.float64))
-    assert_close(attempt(linear, 1), torch.tensor([1e-4], dtype=torch.float64))
-    assert_close(attempt(linear, 2), torch.tensor([1e-4, 0.02], dtype=torch.float64))
+    first, last = ends or (1e-4, 0.02)
+    step = (last - first) / max(n_steps - 1, 1)
+    expected = [first + k * step for k in range(n_steps)]
+    assert_close(out, torch.tensor(expected, dtype=torch.float64))
 
 
 def test_cosine_betas_let_the_signal_fall_like_a_squared_cosine(attempt):
@@ -72,12 +107,24 @@ def test_cosine_betas_let_the_signal_fall_like_a_squared_cosine(attempt):
     assert_close(betas, torch.tensor([*expected, 0.999], dtype=torch.float64))
 
 
-def test_cosine_betas_stay_at_or_below_the_largest_allowed(attempt):
-    betas = attempt(cosine, 6, largest=0.4)
+@pytest.mark.parametrize(("n_steps", "largest"), [(6, 0.4), (9, 0.07), (1, 0.9)])
+def test_cosine_betas_stay_at_or_below_the_largest_allowed(attempt, n_steps, largest):
+    betas = attempt(cosine, n_steps, largest=largest)
 
-    shares = [signal_left(k / 6) for k in range(7)]
-    expected = [min(1 - b / a, 0.4) for a, b in pairwise(shares)]
+    shares = [signal_left(k / n_steps) for k in range(n_steps + 1)]
+    expected = [min(1 - b / a, largest) for a, b in pairwise(shares)]
     assert_close(betas, torch.tensor(expected, dtype=torch.float64))
+
+
+def test_both_schedules_are_made_anew_for_every_call(attempt):
+    settings = [("linear_betas", 3, {}), ("linear_betas", 3, {"last": 0.5})]
+    settings += [("cosine_betas", 3, {}), ("cosine_betas", 3, {"offset": 0.5})]
+    settings += [("cosine_betas", 3, {"largest": 0.3}), ("linear_betas", 3, {})]
+    settings += [("cosine_betas", 3, {})]
+
+    in_turn = attempt(schedules, settings)
+
+    assert_close(in_turn, [attempt(schedules, [setting])[0] for setting in settings])
 
 
 def test_q_step_shrinks_the_image_and_adds_noise_for_each_sample_by_its_own_step(attempt, rng):
@@ -113,17 +160,17 @@ def test_q_sample_has_the_mean_and_the_variance_of_many_q_steps(attempt, rng):
     t = torch.arange(n_steps)
     ones, zeros = torch.ones(n_steps, 1).double(), torch.zeros(n_steps, 1).double()
 
-    factors = attempt(walk, x_0, betas, noises)
+    walked = attempt(walk, x_0, betas, noises)
     mean = attempt(sample, ones, t, betas, zeros)
     spread = attempt(sample, zeros, t, betas, ones)
 
-    assert_close(mean, factors[:, 0])
-    assert_close(spread**2, factors[:, 1:].square().sum(1))
+    assert_close(mean, walked[:, 0])
+    assert_close(spread**2, walked[:, 1:].square().sum(1))
 
 
 @pytest.mark.parametrize("shape", [(4,), (0, 3), (3, 3), (2, 1, 3, 5)])
 def test_both_take_samples_of_any_shape(attempt, rng, shape):
-    x, noise, betas = randn(rng, *shape), randn(rng, *shape), some_betas(rng, 7)
+    x, noise, betas = 50 * randn(rng, *shape), randn(rng, *shape), some_betas(rng, 7)
     t = torch.randint(7, shape[:1], generator=rng)
 
     stepped = attempt(step, x, t, betas, noise)
@@ -136,23 +183,63 @@ def test_both_take_samples_of_any_shape(attempt, rng, shape):
     assert_close(sampled, left**0.5 * x + (1 - left) ** 0.5 * noise)
 
 
-def test_both_keep_the_dtype_of_the_samples(attempt, rng):
-    x, noise, betas = randn(rng, 3, 4), randn(rng, 3, 4), some_betas(rng, 5)
-    t = torch.tensor([4, 0, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["q_step", "q_sample"])
+def test_both_keep_the_dtype_of_the_samples(attempt, rng, name, dtype):
+    x, noise = randn(rng, 3, 4).to(dtype), randn(rng, 3, 4).to(dtype)
+    betas, t = some_betas(rng, 5), torch.tensor([4, 0, 2])
 
-    stepped = attempt(step, x.float(), t, betas, noise.float())
-    sampled = attempt(sample, x.float(), t, betas, noise.float())
+    (out,) = attempt(with_each, name, x, t, [betas], noise)
 
-    left = torch.tensor([[alpha_bar(betas, s)] for s in t.tolist()], dtype=torch.float64)
-    beta = betas[t, None]
-    assert_close(stepped, ((1 - beta).sqrt() * x + beta.sqrt() * noise).float())
-    assert_close(sampled, (left.sqrt() * x + (1 - left).sqrt() * noise).float())
+    signal, spread = factors(name, betas, t)
+    expected = signal[:, None] * x.double() + spread[:, None] * noise.double()
+    # Factors, products and the sum are rounded, each by half an eps of what may be 4.
+    assert_close(out, expected.to(dtype), rtol=0.0, atol=8 * torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("wrong", [-1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["q_step", "q_sample"])
+def test_both_round_no_factor_before_it_is_finished(attempt, name, dtype):
+    # In bfloat16 1 − 0.0001 is 1, so the first steps would add nothing and 1000 take nothing away.
+    # Half of the samples are all signal, the others all noise: out come the factors as they are.
+    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
+    t = torch.arange(0, 1000, 37).repeat(2)
+    x = torch.arange(2, dtype=dtype).repeat_interleave(len(t) // 2)
+
+    (out,) = attempt(with_each, name, x, t, [betas], 1 - x)
+
+    signal, spread = factors(name, betas, t)
+    assert_close(out, torch.where(x == 1, signal, spread).to(dtype), rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize("name", ["q_step", "q_sample"])
+def test_both_go_by_the_betas_of_each_call(attempt, rng, name):
+    x, noise, t = randn(rng, 3, 4), randn(rng, 3, 4), torch.tensor([4, 0, 2])
+    edges = torch.tensor([0.0, 0.3, 1.0, 0.2, 0.1], dtype=torch.float64)
+    betas = [some_betas(rng, 5), edges, some_betas(rng, 5)]
+
+    outs = attempt(with_each, name, x, t, betas, noise)
+
+    for out, schedule in zip(outs, betas, strict=True):
+        signal, spread = factors(name, schedule, t)
+        assert_close(out, signal[:, None] * x + spread[:, None] * noise)
+
+
+@pytest.mark.parametrize("name", ["q_step", "q_sample"])
+def test_both_send_gradients_to_the_samples_and_the_noise(attempt, rng, name):
+    x, noise, upstream = randn(rng, 3, 2, 4), randn(rng, 3, 2, 4), randn(rng, 3, 2, 4)
+    betas, t = some_betas(rng, 5), torch.tensor([4, 0, 2])
+
+    grads = attempt(gradients, name, x, t, betas, noise, upstream)
+
+    signal, spread = factors(name, betas, t)
+    assert_close(grads, (signal[:, None, None] * upstream, spread[:, None, None] * upstream))
+
+
+@pytest.mark.parametrize("wrong", [-1, -3, 4, 90])
 def test_both_reject_a_step_that_the_schedule_does_not_have(attempt, rng, wrong):
-    x, noise, betas = randn(rng, 2, 3), randn(rng, 2, 3), some_betas(rng, 4)
-    t = torch.tensor([1, wrong])
+    x, noise, betas = randn(rng, 3, 2), randn(rng, 3, 2), some_betas(rng, 4)
+    t = torch.tensor([1, wrong, 2])
 
     for run in (step, sample):
         with pytest.raises(IndexError):
@@ -162,6 +249,8 @@ def test_both_reject_a_step_that_the_schedule_does_not_have(attempt, rng, wrong)
 betas = st.lists(st.floats(1e-4, 0.999), min_size=1, max_size=9)
 
 
+@example(betas=[0.0, 0.0], which=1)  # steps that add nothing
+@example(betas=[0.1, 1.0, 0.1], which=1)  # and one that leaves no signal
 @given(betas=betas, which=st.integers(0, 8))
 def test_signal_and_noise_have_variances_that_sum_to_one(attempt, betas, which):
     # One sample is all signal, the other all noise; what comes out are their factors.
@@ -170,9 +259,9 @@ def test_signal_and_noise_have_variances_that_sum_to_one(attempt, betas, which):
     t = torch.full((2,), which % len(betas))
 
     for run in (step, sample):
-        factors = attempt(run, x, t, torch.tensor(betas, dtype=torch.float64), noise)
+        found = attempt(run, x, t, torch.tensor(betas, dtype=torch.float64), noise)
 
-        assert_close(factors.square().sum(), torch.tensor(1.0, dtype=torch.float64))
+        assert_close(found.square().sum(), torch.tensor(1.0, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
