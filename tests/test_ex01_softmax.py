@@ -41,6 +41,15 @@ def all_three(ex, x, axis):
     return {name: getattr(ex, name)(x, axis=axis) for name in FUNCTIONS}
 
 
+def all_three_of_each(ex, arrays, axis):
+    return [all_three(ex, x, axis) for x in arrays]
+
+
+def of_one_row(ex, x):
+    """As arrays: a single number counts as one, in whatever form it comes."""
+    return {name: np.asarray(out) for name, out in all_three(ex, x, -1).items()}
+
+
 def oracle(function, x, axis):
     """Torch's function of that name, in float64."""
     x = torch.from_numpy(x.astype(np.float64))
@@ -164,8 +173,9 @@ def test_all_three_are_exact_to_the_last_digits(attempt, np_rng):
 
     out = attempt(all_three, x, 1)
 
-    # A score has 53 bits. In a weight as small as exp(−700) they are worth 700 · 2⁻⁵³.
-    assert_close(out, {name: oracle(name, x, 1) for name in FUNCTIONS}, rtol=1e-12, atol=0)
+    # A score has 53 bits. In a weight as small as exp(−700) they are worth 700 · 2⁻⁵³, and that
+    # twice. A sum of up to 2 that is 10⁻¹² too large would cost 5 · 10⁻¹³.
+    assert_close(out, {name: oracle(name, x, 1) for name in FUNCTIONS}, rtol=3e-13, atol=0)
 
 
 def test_all_three_take_more_scores_than_float16_can_count(attempt):
@@ -180,12 +190,40 @@ def test_all_three_take_more_scores_than_float16_can_count(attempt):
         assert_close(out[name], np.full(shape, value, np.float16))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_all_three_add_up_very_many_small_shares(attempt, dtype):
+    # Added to 1 one by one in float32, shares of exp(−12) are all rounded to 52 · 2⁻²³.
+    x = np.zeros((70_000, 2), dtype)
+    x[0] = 12
+
+    out = attempt(all_three, x, 0)
+
+    assert_close(out, {name: oracle(name, x, 0).astype(dtype) for name in FUNCTIONS})
+
+
 def test_log_softmax_stays_exact_for_scores_that_lie_very_far_apart(attempt):
     x = np.array([[0.0, 1e5], [-1e10, 0.0]])
 
     out = attempt(log_softmax, x, 1)
 
     assert_close(out, np.array([[-1e5, 0.0], [-1e10, 0.0]]))
+
+
+@pytest.mark.parametrize("shape", [(5,), (1, 5), (1, 1)], ids=str)
+def test_all_three_take_one_row_and_a_batch_of_one(attempt, np_rng, shape):
+    x = np_rng.normal(size=shape)
+
+    out = attempt(of_one_row, x)
+
+    assert_close(out, {name: oracle(name, x, -1) for name in FUNCTIONS})
+
+
+def test_all_three_keep_a_result_apart_from_the_next(attempt, np_rng):
+    arrays = np_rng.normal(size=(2, 4, 3))
+
+    out = attempt(all_three_of_each, arrays, 1)
+
+    assert_close(out, [{name: oracle(name, x, 1) for name in FUNCTIONS} for x in arrays])
 
 
 def test_all_three_take_a_batch_of_no_rows(attempt):
