@@ -38,9 +38,9 @@ def logits_and_targets(np_rng, batch=(3, 4), vocab_size=7):
 
 
 def hide(targets, ignore_index):
-    """Mark all but the first position of row 0, and the last one of row 1."""
+    """Mark all but the last position of row 0, one in the middle of row 1, and all of row 2."""
     targets = targets.copy()
-    targets[0, 1:] = targets[1, -1] = ignore_index
+    targets[0, :-1] = targets[1, 1] = targets[2] = ignore_index
     return targets
 
 
@@ -71,7 +71,9 @@ def test_costs_the_logarithm_of_vocab_size_while_all_words_are_equal(
 
 
 @pytest.mark.parametrize(
-    "batch", [(5,), (3, 4), (2, 3, 4)], ids=["one row", "batch and seq_len", "three axes"]
+    "batch",
+    [(), (5,), (3, 4), (2, 3, 4)],
+    ids=["one position", "one row", "batch and seq_len", "three axes"],
 )
 def test_takes_any_leading_axes(attempt, np_rng, batch):
     # Made with the words on the first axis and every second target: views, not contiguous.
@@ -120,9 +122,10 @@ def test_leaves_ignored_positions_out_of_the_average(attempt, np_rng, ignore_ind
     logits, targets = logits_and_targets(np_rng)
     targets = hide(np.maximum(targets, 1), ignore_index)
 
-    loss = attempt(cross_entropy, logits, targets, ignore_index=ignore_index)
-
-    assert_close(loss, oracle(logits, targets, ignore_index))
+    for share in (0.0, 0.3):
+        options = {"ignore_index": ignore_index, "label_smoothing": share}
+        loss = attempt(cross_entropy, logits, targets, **options)
+        assert_close(loss, oracle(logits, targets, **options))
 
 
 @settings(max_examples=20)
@@ -158,12 +161,12 @@ def test_keeps_float32(attempt, np_rng):
 
 @pytest.mark.parametrize(
     ("target", "ignore_index"),
-    [(7, -100), (931, -100), (-3, -100), (-100, 0)],
+    [(7, -100), (931, -100), (-1, -100), (-100, 0)],
     ids=["one too many", "far too many", "one below zero", "−100 where 0 is ignored"],
 )
 def test_rejects_a_target_that_is_no_word(attempt, np_rng, target, ignore_index):
     logits, targets = logits_and_targets(np_rng)
     targets[1, 2] = target
 
-    with pytest.raises(IndexError, match=str(target)):
+    with pytest.raises(IndexError, match=rf"{target}\b"):
         attempt(cross_entropy, logits, targets, ignore_index=ignore_index)
