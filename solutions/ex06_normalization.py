@@ -31,8 +31,8 @@ def layer_norm(
     returns: same shape and dtype as x
 
     A float16 x is computed on in float32 and rounded once, at the end: the square of 300 is
-    too large for float16. weight and bias may have another dtype than x. Features may
-    lie close together and far from 0, such as 10⁶ and 10⁶ + 1. A weight or bias of another
+    too large for float16. weight and bias may have another dtype than x. In float64, features
+    may lie close together and far from 0, such as 10⁶ and 10⁶ + 1. A weight or bias of another
     shape raises ValueError, which gives that shape, even if it would broadcast.
     """
     # solution

@@ -39,6 +39,10 @@ def both_without_weights(ex, x, eps):
     return both(ex, x, ones, 0 * ones, eps)
 
 
+def both_of_each(ex, arrays, weight, bias, eps):
+    return [both(ex, x, weight, bias, eps) for x in arrays]
+
+
 def oracle(x, weight, bias, eps):
     """Torch's own versions, in float64."""
     x, weight, bias = (torch.from_numpy(t.astype(np.float64)) for t in (x, weight, bias))
@@ -100,24 +104,36 @@ def test_both_add_a_hundred_thousandth_unless_told_otherwise(attempt, np_rng):
     assert_close(attempt(rms_norm, x, weight), expected["rms_norm"])
 
 
-def test_both_survive_vectors_of_equal_features(attempt, np_rng):
-    x = np.array([[0.0] * 5, [-2.5] * 5])
+@pytest.mark.parametrize("eps", [1e-5, 1e-8])  # float16 has no number as small as 1e-8
+@pytest.mark.parametrize("dtype", ["float64", "float16"])
+def test_both_survive_vectors_of_equal_features(attempt, np_rng, dtype, eps):
+    x = np.array([[0.0] * 5, [-2.5] * 5], dtype)
     weight, bias = parameters(np_rng)
 
-    out = attempt(both, x, weight, bias, 1e-5)
+    out = attempt(both, x, weight, bias, eps)
 
-    assert_close(out["layer_norm"], np.array([bias, bias]))
-    assert_close(out["rms_norm"], np.array([0 * weight, -2.5 / (6.25 + 1e-5) ** 0.5 * weight]))
+    scaled = np.array([0 * weight, -2.5 / (6.25 + eps) ** 0.5 * weight]).astype(dtype)
+    assert_close(out, {"layer_norm": np.array([bias, bias]).astype(dtype), "rms_norm": scaled})
 
 
 @pytest.mark.parametrize("shape", [(5,), (0, 5), (4, 1)], ids=str)
 def test_both_take_one_vector_none_and_vectors_of_one_feature(attempt, np_rng, shape):
-    x = np_rng.normal(size=shape)
+    x = np_rng.normal(size=shape).astype(np.float32)
     weight, bias = parameters(np_rng, shape[-1])
 
     out = attempt(both, x, weight, bias, 1e-3)
 
-    assert_close(out, oracle(x, weight, bias, 1e-3))
+    expected = oracle(x, weight, bias, 1e-3)
+    assert_close(out, {name: exact.astype(np.float32) for name, exact in expected.items()})
+
+
+def test_both_keep_a_result_apart_from_the_next(attempt, np_rng):
+    arrays = np_rng.normal(size=(2, 4, 5))
+    weight, bias = parameters(np_rng)
+
+    out = attempt(both_of_each, arrays, weight, bias, 1e-5)
+
+    assert_close(out, [oracle(x, weight, bias, 1e-5) for x in arrays])
 
 
 @pytest.mark.parametrize(
@@ -147,13 +163,13 @@ def test_both_compute_in_float32_at_least_and_round_once(attempt, np_rng, dtype,
         assert_close(out[name].astype(np.float64), exact, rtol=half, atol=fine)
 
 
-@pytest.mark.parametrize("shape", [(1,), (3, 5), (4,), (1, 5), (5, 1), (7,)], ids=str)
+@pytest.mark.parametrize("shape", [(), (1,), (3, 5), (4,), (1, 5), (5, 1), (7,)], ids=str)
 @pytest.mark.parametrize("which", ["layer_norm's weight", "layer_norm's bias", "rms_norm's weight"])
 def test_both_reject_parameters_of_another_shape(attempt, which, shape):
     x, right, wrong = np.ones((3, 5)), np.ones(5), np.ones(shape)
 
     theirs = r"\D+".join(rf"\b{n}\b" for n in shape)
-    with pytest.raises(ValueError, match=theirs):
+    with pytest.raises(ValueError, match=theirs or None):
         if which == "rms_norm's weight":
             attempt(rms_norm, x, wrong)
         else:
