@@ -50,6 +50,7 @@ def update(state: State, scores: np.ndarray, values: np.ndarray) -> State:
     values:  (..., n_keys, value_dim) floating
     returns: a new state, float64 whatever the block is; the old one stays as it was
 
+    Of the block nothing is kept: its memory may hold the next one when update is called again.
     A score may be −inf: that key is hidden from the query and counts for nothing. All scores
     of a block, or all that a query has met so far, may be so, and a block may have no keys at
     all. A key that is hidden from every query may have any value, NaN and ±inf too, since
@@ -97,7 +98,8 @@ def finish(state: State) -> tuple[np.ndarray, np.ndarray]:
 
     returns: (..., n_queries, value_dim) and (..., n_queries), both float64
 
-    A query that has met no key, or only hidden ones, gets zeros and −inf.
+    A query that has met no key, or only hidden ones, gets zeros and −inf. The state stays as it
+    was, so that more keys may follow.
     """
     # solution
     total = np.where(state.total > 0, state.total, 1)

@@ -50,6 +50,17 @@ def merged(ex, scores, values, cuts, order):
     return finished(ex, *states)
 
 
+def in_one_memory(ex, scores, values, n_keys):
+    """Blocks of so many keys, each written over the one before."""
+    state = empty(ex, scores, values)
+    block = [np.empty_like(scores[..., :n_keys]), np.empty_like(values[..., :n_keys, :])]
+    for new in pieces(scores, values, range(n_keys, scores.shape[-1], n_keys)):
+        for memory, part in zip(block, new, strict=True):
+            memory[...] = part
+        state = ex.update(state, *block)
+    return finished(ex, state)
+
+
 def before_any_key(ex, shape, value_dim):
     """The result of a start, alone and merged with another one."""
     fresh = ex.start(shape, value_dim)
@@ -64,6 +75,16 @@ def two_ways_on(ex, scores, values, others, their_values):
     both = ex.merge(state, first)
     turned = ex.merge(second, state)
     return [finished(ex, s) for s in (first, second, both, turned, state)]
+
+
+def finished_on_the_way(ex, scores, values, cuts):
+    """The result after every block; the first one is that of no key."""
+    state = empty(ex, scores, values)
+    results = [finished(ex, state)]
+    for block in pieces(scores, values, cuts):
+        state = ex.update(state, *block)
+        results.append(finished(ex, state))
+    return results
 
 
 def numbers_kept(ex, scores, values, cuts):
@@ -104,7 +125,7 @@ def test_one_block_gives_the_softmax_weighted_average(attempt, np_rng):
     out = attempt(block_by_block, scores, values, [])
 
     # Tight: in float64 throughout, and no small number added to the total.
-    assert_close(out, oracle(scores, values), rtol=1e-12, atol=1e-12)
+    assert_close(out, oracle(scores, values), rtol=2e-14, atol=2e-14)
 
 
 def test_update_gives_the_same_wherever_the_row_is_split(attempt, np_rng):
@@ -179,11 +200,13 @@ def test_a_very_low_score_is_no_hidden_one(attempt, np_rng, low):
 
     for cuts in ([], [1, 3, 5]):
         assert_close(attempt(block_by_block, scores, values, cuts), oracle(scores, values))
+    out = attempt(merged, scores, values, [1, 3, 5], [(0, 1), (0, 1), (0, 0)])
+    assert_close(out, oracle(scores, values))
 
 
 @pytest.mark.parametrize("run", [block_by_block, merged], ids=["update", "merge"])
 def test_equal_scores_count_alike_in_whatever_blocks_they_stand(attempt, np_rng, run):
-    scores, values = np.full((2, 7), 3.0), np_rng.normal(size=(7, 4))
+    scores, values = np.full((2, 7), 3.0), np_rng.normal(size=(7, 1))
     order = [[(0, 1), (0, 0)]] if run is merged else []
 
     out = attempt(run, scores, values, [2, 3], *order)
@@ -201,6 +224,8 @@ def test_a_query_that_has_met_no_key_gets_zeros(attempt):
 def test_a_state_can_be_continued_more_than_once(attempt, np_rng):
     scores, values = inputs(np_rng)
     others, their_values = inputs(np_rng, n_keys=6)
+    # Of these no score is the largest so far; of their negatives one is.
+    others += scores.max(-1, keepdims=True) - others.max(-1, keepdims=True) - 1
 
     out = attempt(two_ways_on, scores, values, others, their_values)
 
@@ -211,6 +236,24 @@ def test_a_state_can_be_continued_more_than_once(attempt, np_rng):
     assert_close(out, [oracle(*x) for x in (first, second, both, turned, (scores, values))])
 
 
+def test_a_state_can_be_finished_on_the_way(attempt, np_rng):
+    scores, values = inputs(np_rng)
+    scores[:, :2] = -np.inf  # the first block
+
+    out = attempt(finished_on_the_way, scores, values, [2, 5])
+
+    assert_close(out, [oracle(scores[:, :n], values[:n]) for n in (0, 2, 5, 7)])
+
+
+@pytest.mark.parametrize("n_keys", [1, 3])
+def test_a_block_may_be_written_over_when_it_has_been_taken_in(attempt, np_rng, n_keys):
+    scores, values = inputs(np_rng, n_keys=6)
+
+    out = attempt(in_one_memory, scores, values, n_keys)
+
+    assert_close(out, oracle(scores, values))
+
+
 def test_a_state_does_not_grow_with_the_keys(attempt, np_rng):
     scores, values = inputs(np_rng, n_keys=60)
 
@@ -219,17 +262,21 @@ def test_a_state_does_not_grow_with_the_keys(attempt, np_rng):
     assert_close(counts, [counts[0]] * 12)
 
 
-def test_a_state_is_float64_whatever_its_blocks_are(attempt, np_rng):
+@pytest.mark.parametrize(
+    ("of_scores", "of_values"),
+    [("float16", "float16"), ("float32", "float64"), ("float64", "float32")],
+)
+def test_a_state_is_float64_whatever_its_blocks_are(attempt, np_rng, of_scores, of_values):
     # Beside a score of 8, the 3000 others are too small for float16 to add one by one.
-    scores = np.concatenate([[8.0], np_rng.normal(size=3000)])[None].astype(np.float16)
-    values = np_rng.normal(size=(3001, 2)).astype(np.float16)
+    scores = np.concatenate([[8.0], np_rng.normal(size=3000)])[None].astype(of_scores)
+    values = np_rng.normal(size=(3001, 2)).astype(of_values)
 
     out = attempt(block_by_block, scores, values, list(range(500, 3000, 500)))
 
     assert_close(out, oracle(scores, values))
 
 
-@pytest.mark.parametrize(("n_scores", "n_values"), [(5, 4), (4, 5), (7, 1), (1, 7)])
+@pytest.mark.parametrize(("n_scores", "n_values"), [(5, 4), (4, 5), (7, 1), (1, 7), (0, 3), (3, 0)])
 def test_update_rejects_unequal_numbers_of_scores_and_values(attempt, n_scores, n_values):
     scores, values = np.zeros((3, n_scores)), np.zeros((n_values, 2))
 
