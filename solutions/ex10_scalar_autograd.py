@@ -23,7 +23,8 @@ class Value:
     parents: pairs (parent, slope), one for each Value that this one was made from, where
              slope is the derivative of this number with respect to that parent alone
 
-    A leaf is made by hand and has no parents: Value(2.0). All others come from operations.
+    A leaf is made by hand and has no parents: Value(2.0). All others come from operations,
+    and an operation always makes a new Value, also for x * 1 or the relu of a positive number.
     The specs use Value(number), data, grad, the operations, `backward` and
     `topological_order`; what a Value keeps besides is up to you.
 
@@ -88,6 +89,7 @@ class Value:
         - a leaf's grad has grown by ∂self/∂v: leaves add up over several backward calls;
         - any other v.grad is ∂self/∂v of this call alone (so self.grad is 1), whatever
           was there before.
+        Values that this number does not depend on keep their grad.
 
         Takes one visit to each Value, however many paths lead to it.
         """
@@ -128,7 +130,8 @@ def topological_order(root: Value) -> list[Value]:
     """List all Values that root depends on, and root, each after those it was made from.
 
     Each stands in the list once (the same object, not an equal one), root last. Chains of
-    many thousand Values are in order: Python gives up on functions nested 1000 deep.
+    many thousand Values are in order: Python gives up on functions nested 1000 deep, and
+    looking through a list of all that was seen, for each Value anew, takes far too long.
     """
     # solution
     order, seen = [], set()

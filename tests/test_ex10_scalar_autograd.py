@@ -40,6 +40,15 @@ EXPRESSIONS = {
 }
 
 
+# Operations that give the number of x again, where it is positive.
+UNCHANGED = {
+    "x + 0": lambda x: x + 0,
+    "x * 1": lambda x: x * 1,
+    "x ** 1": lambda x: x**1,
+    "relu": lambda x: x.relu(),
+}
+
+
 def result(ex, expression, numbers):
     return float(EXPRESSIONS[expression](*(ex.Value(number) for number in numbers)).data)
 
@@ -86,16 +95,18 @@ def program(ex, numbers, steps):
     return {"y": float(y.data), "slopes": [float(leaf.grad) for leaf in leaves]}
 
 
-def order(ex):
-    """The names of a small graph in the order given, "?" for a Value made on the way."""
+def orders(ex):
+    """The names of a small graph in the orders of f and then d, "?" for a Value not named."""
     a, b = ex.Value(2.0), ex.Value(2.0)
     c = a * b
+    g = b.exp()  # not one of those that d depends on
     d = c + a
     e = d.tanh()
-    f = e * c
-    _ = f + b  # made from f, not the other way round
-    names = {id(a): "a", id(b): "b", id(c): "c", id(d): "d", id(e): "e", id(f): "f"}
-    return [names.get(id(value), "?") for value in ex.topological_order(f)]
+    f = e * c + g
+    h = f + b  # made from f, not the other way round
+    values = dict(zip("abcdefgh", (a, b, c, d, e, f, g, h), strict=True))
+    names = {id(value): name for name, value in values.items()}
+    return [[names.get(id(value), "?") for value in ex.topological_order(x)] for x in (f, d)]
 
 
 def backward_twice(ex, x, w):
@@ -108,9 +119,9 @@ def backward_twice(ex, x, w):
 
 
 def leaf_alone(ex):
-    """The slopes of a leaf in itself after one and two calls, and whether it is its own order."""
+    """The slopes of a leaf in itself after 0 to 2 calls, and whether it is its own order."""
     x = ex.Value(3.0)
-    grads = []
+    grads = [float(x.grad)]
     for _ in range(2):
         x.backward()
         grads.append(float(x.grad))
@@ -123,7 +134,19 @@ def two_results(ex, x, w):
     y, z = h**2, h.exp()
     y.backward()
     z.backward()
-    return {"x": float(x.grad), "w": float(w.grad), "h": float(h.grad), "z": float(z.grad)}
+    return {name: float(value.grad) for name, value in zip("xwhyz", (x, w, h, y, z), strict=True)}
+
+
+def results_of_their_own(ex, number):
+    """The slopes in a leaf and in what is made from it, after two calls."""
+    slopes = []
+    for operation in UNCHANGED.values():
+        x = ex.Value(number)
+        y = operation(x)
+        y.backward()
+        y.backward()
+        slopes.append([float(x.grad), float(y.grad)])
+    return slopes
 
 
 @contextmanager
@@ -163,6 +186,37 @@ def chain(ex, length):
     return [float(y.data), float(x.grad), len(ex.topological_order(y)) > length]
 
 
+def limit_after(ex, length):
+    """Python's limit on nesting, 1000 before, after a walk through a chain."""
+    usual = sys.getrecursionlimit()
+    sys.setrecursionlimit(1000)
+    try:
+        chain(ex, length)
+        return sys.getrecursionlimit()
+    finally:
+        sys.setrecursionlimit(usual)
+
+
+def compared(ex, length):
+    """How often Values are compared in a walk through a chain, as `in` does along a list."""
+    count, own = 0, vars(ex.Value).get("__eq__")
+
+    def equal(value, other):
+        nonlocal count
+        count += 1
+        return value is other
+
+    ex.Value.__eq__ = equal
+    try:
+        chain(ex, length)
+    finally:
+        if own:
+            ex.Value.__eq__ = own
+        else:
+            del ex.Value.__eq__
+    return count
+
+
 def value_as_exponent(ex):
     return (ex.Value(2.0) ** ex.Value(3.0)).data
 
@@ -175,10 +229,11 @@ def test_computes_the_number_itself_before_any_slope(attempt):
         assert_close(out, result(oracle, *arguments))
 
 
-def test_finds_the_slopes_of_sums_and_products(attempt):
-    out = attempt(slopes, "sums and products", [2.0, -3.0, 5.0])
+@pytest.mark.parametrize(("a", "b"), [(2.0, -3.0), (2.0, 0.0), (0.0, 2.0)])
+def test_finds_the_slopes_of_sums_and_products(attempt, a, b):
+    out = attempt(slopes, "sums and products", [a, b, 5.0])
 
-    assert_close(out, {"y": -1.0, "slopes": [-3.0, 2.0, 1.0]})
+    assert_close(out, {"y": a * b + 5, "slopes": [b, a, 1.0]})
 
 
 def test_finds_the_slopes_of_powers(attempt):
@@ -227,13 +282,15 @@ def test_passes_a_slope_on_only_when_it_is_complete(attempt):
 
 
 def test_lists_each_value_once_and_after_those_it_was_made_from(attempt):
-    out = attempt(order)
+    of_f, of_d = attempt(orders)
 
-    names = [name for name in out if name != "?"]
-    assert sorted(names) == ["a", "b", "c", "d", "e", "f"]
-    assert out[-1] == "f"
-    for later, earlier in ("ca", "cb", "dc", "da", "ed", "fe", "fc"):
-        assert names.index(later) > names.index(earlier), f"{later} stands before {earlier}"
+    for out, all_names in ((of_f, "abcdefg"), (of_d, "abcd")):
+        names = [name for name in out if name != "?"]
+        assert sorted(names) == list(all_names)
+        assert out[-1] == all_names.replace("g", "")[-1]
+        for later, earlier in ("ca", "cb", "dc", "da", "ed", "fe", "fc", "gb", "fg"):
+            if later in all_names:
+                assert names.index(later) > names.index(earlier), f"{later} stands before {earlier}"
 
 
 def test_adds_up_leaves_over_two_backward_calls_and_starts_all_others_afresh(attempt):
@@ -248,7 +305,13 @@ def test_adds_up_leaves_over_two_backward_calls_and_starts_all_others_afresh(att
 def test_takes_a_leaf_for_a_result(attempt):
     out = attempt(leaf_alone)
 
-    assert_close(out, ([1.0, 2.0], [True]))
+    assert_close(out, ([0.0, 1.0, 2.0], [True]))
+
+
+def test_makes_a_new_value_where_the_number_stays_the_same(attempt):
+    out = attempt(results_of_their_own, 3.0)
+
+    assert_close(out, [[2.0, 1.0]] * len(UNCHANGED))
 
 
 def test_keeps_apart_the_slopes_of_two_results_that_share_a_value(attempt):
@@ -258,7 +321,7 @@ def test_keeps_apart_the_slopes_of_two_results_that_share_a_value(attempt):
 
     slope = math.exp(x * w)
     both = 2 * x * w + slope
-    assert_close(out, {"x": w * both, "w": x * both, "h": slope, "z": 1.0})
+    assert_close(out, {"x": w * both, "w": x * both, "h": slope, "y": 1.0, "z": 1.0})
 
 
 def test_visits_each_value_once_however_many_paths_lead_to_it(attempt):
@@ -271,6 +334,16 @@ def test_follows_a_chain_of_five_thousand_values(attempt):
     out = attempt(chain, 5000)
 
     assert_close(out, [5001.0, 1.0, True])
+
+
+def test_leaves_pythons_limit_on_nesting_as_it_is(attempt):
+    assert_close(attempt(limit_after, 2000), 1000)
+
+
+def test_looks_a_value_up_without_comparing_it_with_all_others(attempt):
+    count = attempt(compared, 800)
+
+    assert count < 20 * 800, f"{count:,} comparisons in a chain of 800 Values"
 
 
 def test_rejects_a_value_as_exponent(attempt):
