@@ -46,8 +46,8 @@ class Tensor:
              back(gradient of this one) is what that adds to the parent's gradient
 
     A leaf is made by hand and has no parents: Tensor([[1.0, 2.0]]). All others come from
-    operations. An operation changes no array that exists, neither data nor grad, and neither
-    does a `back`.
+    operations. An operation always makes a new Tensor, also where no number changes, and
+    changes no array that exists, neither data nor grad; neither does a `back`.
 
     >>> x = Tensor([1.0, 2.0, 3.0])
     >>> y = (x * x).sum()
@@ -81,7 +81,8 @@ class Tensor:
         other:   (..., k, m)
         returns: (..., n, m)
 
-        A vector, with one axis only, raises ValueError with both shapes: reshape it first.
+        A vector, with one axis only, raises ValueError with both shapes: reshape it first. So
+        does an array with no axis.
         """
         raise NotImplementedError("exercise 11 is not written yet")
 
