@@ -186,17 +186,6 @@ def chain(ex, length):
     return [float(y.data), float(x.grad), len(ex.topological_order(y)) > length]
 
 
-def limit_after(ex, length):
-    """Python's limit on nesting, 1000 before, after a walk through a chain."""
-    usual = sys.getrecursionlimit()
-    sys.setrecursionlimit(1000)
-    try:
-        chain(ex, length)
-        return sys.getrecursionlimit()
-    finally:
-        sys.setrecursionlimit(usual)
-
-
 def compared(ex, length):
     """How often Values are compared in a walk through a chain, as `in` does along a list."""
     count, own = 0, vars(ex.Value).get("__eq__")
@@ -334,10 +323,6 @@ def test_follows_a_chain_of_five_thousand_values(attempt):
     out = attempt(chain, 5000)
 
     assert_close(out, [5001.0, 1.0, True])
-
-
-def test_leaves_pythons_limit_on_nesting_as_it_is(attempt):
-    assert_close(attempt(limit_after, 2000), 1000)
 
 
 def test_looks_a_value_up_without_comparing_it_with_all_others(attempt):

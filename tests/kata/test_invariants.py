@@ -27,6 +27,7 @@ LEAVES = {
     "the default dtype changed": lambda: torch.set_default_dtype(torch.float64),
     "the number of threads changed": lambda: torch.set_num_threads(torch.get_num_threads() + 1),
     "deterministic algorithms changed": lambda: torch.use_deterministic_algorithms(True),
+    "the limit of nested calls changed": lambda: invariants.sys.setrecursionlimit(9999),
     "autocast on the CPU changed": lambda: torch.set_autocast_enabled("cpu", True),
     "the precision of float32 products changed": lambda: torch.set_float32_matmul_precision(
         "medium"

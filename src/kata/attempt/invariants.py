@@ -40,6 +40,7 @@ STATES: tuple[tuple[str, Callable[[], Any], Callable[[Any], Any]], ...] = (
     ),
     ("np.seterr", np.geterr, lambda kept: np.seterr(**kept)),
     ("the current folder", os.getcwd, os.chdir),
+    ("the limit of nested calls", sys.getrecursionlimit, sys.setrecursionlimit),
 )
 
 _numbers = np.random.MT19937(0)  # lent to np.random: quicker than to copy its state twice
