@@ -34,12 +34,15 @@ def from_hf(state_dict: dict[str, Tensor], n_heads: int | None = None) -> GPT:
 
     The four linear layers of a block (c_attn, both c_proj, c_fc) are stored transposed.
     Sizes come from the shapes of wte.weight and wpe.weight; n_layers is one more than the highest
-    i. h.{i}.attn.bias and h.{i}.attn.masked_bias are left out, whatever they hold, and so is
-    lm_head.weight if it equals wte.weight.
+    i, and 1 where there is none. Weights of another dtype are cast. h.{i}.attn.bias and
+    h.{i}.attn.masked_bias are left out, whatever they hold, and so is lm_head.weight if it equals
+    wte.weight.
 
-    ValueError otherwise, each of them naming every key concerned: keys that are missing; keys
-    that are unexpected; weights that do not have the shape that GPT needs, or its transpose
-    where the file holds that; a lm_head.weight that differs from wte.weight.
+    ValueError otherwise, each of them naming every key concerned, with its prefix or without:
+    keys that are missing; keys that are unexpected; weights that do not have the shape that GPT
+    needs, or its transpose where the file holds that; a lm_head.weight that differs from
+    wte.weight. Where several of these are true, raise any of them. A wte.weight or wpe.weight
+    without two axes tells no sizes, and may be named alone.
     """
     raise NotImplementedError("exercise 37 is not written yet")
 

@@ -32,7 +32,7 @@ Noise = Callable[[Array, tuple[int, ...]], Array]  # noise_fn(key, shape): an ar
 def per_example_gradients(loss_fn: Loss, params: Any, batch: Any) -> tuple[Array, Any]:
     """Take the loss and the gradient of each example by itself.
 
-    params:  a tree of arrays, such as {"w": …, "b": …}
+    params:  a tree of float32 arrays, such as {"w": …, "b": …}, of any depth
     batch:   a tree of arrays whose first axis counts the n examples; an example is the same
              tree without that axis
     returns: losses (n,); gradients, a tree like params whose arrays have n in front
@@ -46,12 +46,13 @@ def per_example_gradients(loss_fn: Loss, params: Any, batch: Any) -> tuple[Array
 def clip(grads: Any, max_norm: float | Array) -> Any:
     """Shorten a gradient to max_norm if it is longer, and leave it as it is if not.
 
-    grads:   a tree of arrays, the gradient of one example
-    returns: the same tree; its norm (the root of the sum of all squares of all its arrays)
-             is at most max_norm, and its direction is the same
+    grads:    a tree of arrays, the gradient of one example
+    max_norm: above 0
+    returns:  the same tree; its norm (the root of the sum of all squares of all its arrays)
+              is at most max_norm, and its direction is the same
 
     Made for use under jax.jit and jax.vmap, where grads and max_norm are traced. A gradient
-    of zeros stays zeros.
+    of zeros stays zeros. Any other is of a size whose square float32 can hold.
     """
     # solution
     norm = jnp.sqrt(sum(jnp.sum(g**2) for g in jax.tree.leaves(grads)))
@@ -110,9 +111,10 @@ def fit(
     returns: the last parameters; losses (n_steps,), each the mean loss before its step
 
     The two functions and n_steps are fixed when the program is compiled, all else is traced.
-    loss_fn is traced a few times (at most 4) however many steps there are, and not at all in a
-    later call with the same functions, n_steps and shapes, whatever the numbers are. An n_steps
-    below 1 raises ValueError, and the message holds it.
+    loss_fn is traced a few times (at most 4) however many steps there are, and the program holds
+    a step once, or a fixed number of times. A later call with the same functions, n_steps, shapes
+    and dtypes traces nothing, whatever the numbers are and whatever was called in between. An
+    n_steps below 1 raises ValueError, and the message holds it.
     """
     # solution
     if n_steps < 1:

@@ -34,12 +34,15 @@ def from_hf(state_dict: dict[str, Tensor], n_heads: int | None = None) -> GPT:
 
     The four linear layers of a block (c_attn, both c_proj, c_fc) are stored transposed.
     Sizes come from the shapes of wte.weight and wpe.weight; n_layers is one more than the highest
-    i. h.{i}.attn.bias and h.{i}.attn.masked_bias are left out, whatever they hold, and so is
-    lm_head.weight if it equals wte.weight.
+    i, and 1 where there is none. Weights of another dtype are cast. h.{i}.attn.bias and
+    h.{i}.attn.masked_bias are left out, whatever they hold, and so is lm_head.weight if it equals
+    wte.weight.
 
-    ValueError otherwise, each of them naming every key concerned: keys that are missing; keys
-    that are unexpected; weights that do not have the shape that GPT needs, or its transpose
-    where the file holds that; a lm_head.weight that differs from wte.weight.
+    ValueError otherwise, each of them naming every key concerned, with its prefix or without:
+    keys that are missing; keys that are unexpected; weights that do not have the shape that GPT
+    needs, or its transpose where the file holds that; a lm_head.weight that differs from
+    wte.weight. Where several of these are true, raise any of them. A wte.weight or wpe.weight
+    without two axes tells no sizes, and may be named alone.
     """
     # solution
     weights = {
@@ -48,20 +51,23 @@ def from_hf(state_dict: dict[str, Tensor], n_heads: int | None = None) -> GPT:
         if not name.endswith((".attn.bias", ".attn.masked_bias"))  # c_attn.bias stays
     }
     head = weights.pop("lm_head.weight", None)
-    _complain("missing", {"wte.weight", "wpe.weight"} - weights.keys())
-    if head is not None and not torch.equal(head, weights["wte.weight"]):
-        raise ValueError("lm_head.weight must equal wte.weight: GPT ties its head to it")
+    sized = {"wte.weight", "wpe.weight"} & weights.keys()
+    _complain("of the wrong shape", {name for name in sized if weights[name].ndim != 2})
 
-    model = GPT(_config(weights, n_heads)).to(weights["wte.weight"].dtype)
+    model = GPT(_config(weights, n_heads))
     own = dict(model.named_parameters(remove_duplicate=False))
     own.pop("lm_head.weight", None)
     _complain("missing", own.keys() - weights.keys())
     _complain("unexpected", weights.keys() - own.keys())
+    if head is not None and not torch.equal(head, weights["wte.weight"]):
+        raise ValueError("lm_head.weight must equal wte.weight: GPT ties its head to it")
 
     # By name, not by shape: attn.c_proj.weight is square, and fits either way.
-    weights = {k: w.t() if ".c_" in k and k.endswith("weight") else w for k, w in weights.items()}
+    turned = {k for k in own if ".c_" in k and k.endswith("weight")}
+    weights = {k: w.transpose(0, -1) if k in turned else w for k, w in weights.items()}
     # copy_ would broadcast what is too small.
     _complain("of the wrong shape", {k for k in own if weights[k].shape != own[k].shape})
+    model.to(weights["wte.weight"].dtype)
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(weights[name])
@@ -69,12 +75,15 @@ def from_hf(state_dict: dict[str, Tensor], n_heads: int | None = None) -> GPT:
 
 
 def _config(weights: dict[str, Tensor], n_heads: int | None) -> GPTConfig:
-    vocab_size, d_model = weights["wte.weight"].shape
-    layers = {int(name.split(".")[1]) for name in weights if name.startswith("h.")}
+    # Where an embedding is missing any size will do: all other names that are missing show too.
+    absent = torch.empty(1, n_heads or 64)
+    wte, wpe = (weights.get(name, absent) for name in ("wte.weight", "wpe.weight"))
+    layers = [name.split(".")[1] for name in weights if name.startswith("h.")]
+    vocab_size, d_model = wte.shape
     return GPTConfig(
         vocab_size=vocab_size,
-        block_size=len(weights["wpe.weight"]),
-        n_layers=max(layers, default=-1) + 1,
+        block_size=len(wpe),
+        n_layers=max((int(i) for i in layers if i.isdecimal()), default=0) + 1,
         n_heads=d_model // 64 if n_heads is None else n_heads,
         d_model=d_model,
     )

@@ -42,13 +42,14 @@ def apply_rope_interleaved(x: Array, positions: Array, frequencies: Array) -> Ar
     """Turn the pairs (x₀, x₁), (x₂, x₃), … of each vector by its position.
 
     x:           (..., seq_len, head_dim) floating, queries or keys
-    positions:   (..., seq_len) integer, whose leading dimensions broadcast to x's:
-                 (seq_len,) for all alike, (batch, 1, seq_len) for each sequence its own
+    positions:   (..., seq_len) integer, of any size and sign; the leading dimensions broadcast
+                 to x's: (seq_len,) for all alike, (batch, 1, seq_len) for each sequence its own
     frequencies: (head_dim // 2,) radians per position
     returns:     like x, which stays as it was
 
-    x, positions and frequencies are all tensors or all arrays. The angles have the dtype
-    of frequencies, whatever that of x is: in bfloat16, position 1001 would be 1000.
+    x, positions and frequencies are all tensors or all arrays. The angles are made in the
+    dtype of frequencies or a wider one, whatever that of x is: in bfloat16, position 1001
+    would be 1000. From the cosine and sine on, you may round to the dtype of x at each step.
     """
     # solution
     cos, sin = _cos_sin(x, positions, frequencies)
@@ -76,7 +77,7 @@ def interleaved_to_half(weight: Array, head_dim: int) -> Array:
 
     weight:   (n_heads * head_dim, ...) rows are output features, head by head;
               a bias (n_heads * head_dim,) as well. Each head's are interleaved pairs.
-    returns:  the same shape, the pairs of each head in the half layout
+    returns:  the same shape and dtype, the pairs of each head in the half layout
 
     Queries and keys that are reordered alike keep their dot products, so a model whose
     weights are reordered once, as it is loaded, attends as before with apply_rope_half.

@@ -11,8 +11,9 @@ from kata.testing import assert_close
 
 pytestmark = pytest.mark.cpu
 
-# No two sizes are equal, nor are any two that 3·, 4· and / n_heads make of them.
-SIZES = {"vocab_size": 23, "block_size": 7, "n_layers": 3, "n_heads": 5, "d_model": 20}
+# No two sizes are equal, nor are any two that 3·, 4· and / n_heads make of them. As text, layer 10
+# stands before layer 9.
+SIZES = {"vocab_size": 23, "block_size": 7, "n_layers": 11, "n_heads": 5, "d_model": 20}
 FIRST_BLOCKS = [
     f"h.{i}.{part}.{kind}"
     for i in (0, 1)
@@ -28,10 +29,13 @@ def logits_of(ex, state_dict, n_heads, tokens):
     return ex.from_hf(state_dict, n_heads)(tokens)
 
 
-def parameters_of(ex, state_dict, n_heads):
-    model = ex.from_hf(state_dict, n_heads)
+def parameters(model):
     own = dict(model.named_parameters(remove_duplicate=False))
     return {name: own[name] for name in own if name != "lm_head.weight"}
+
+
+def parameters_of(ex, *state_dicts):
+    return [parameters(ex.from_hf(state_dict, SIZES["n_heads"])) for state_dict in state_dicts]
 
 
 def config_of(ex, state_dict, n_heads=None):
@@ -39,12 +43,27 @@ def config_of(ex, state_dict, n_heads=None):
     return asdict(ex.from_hf(state_dict, **how).config)
 
 
-def change_the_model(ex, state_dict, n_heads):
-    """Change all weights of one model, and give those of another out of the same dict."""
+def change_the_first(ex, state_dict, n_heads):
+    """Two models out of one dict; all weights of the first are changed before the second is."""
+    first = ex.from_hf(state_dict, n_heads)
     with torch.no_grad():
-        for parameter in ex.from_hf(state_dict, n_heads).parameters():
+        for parameter in first.parameters():
             parameter.add_(1)
-    return parameters_of(ex, state_dict, n_heads)
+    second = ex.from_hf(state_dict, n_heads)
+    return parameters(first), parameters(second)
+
+
+def train_once(ex, state_dict, n_heads, tokens, lr):
+    """The weights after a step of SGD from those that were read."""
+    model = ex.from_hf(state_dict, n_heads)
+    optimizer = torch.optim.SGD(model.parameters(), lr)
+    cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]).backward()
+    optimizer.step()
+    return parameters(model)
+
+
+def cross_entropy(logits, targets):
+    return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
 def complaint(ex, state_dict, n_heads, names):
@@ -68,22 +87,27 @@ def tied_and_partly_frozen():
 
 
 def groups_of(ex, weight_decay):
-    """Each group's weight decay, and the names of its parameters, sorted."""
+    """Each group's weight decay, the type of its params, and their names, sorted."""
     model = tied_and_partly_frozen()
     names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
     names[id(model.wte.weight)] = "wte.weight"
     groups = ex.parameter_groups(model, weight_decay)
-    return [[g["weight_decay"], sorted(names[id(p)] for p in g["params"])] for g in groups]
+    return [
+        [g["weight_decay"], type(g["params"]).__name__, sorted(names[id(p)] for p in g["params"])]
+        for g in groups
+    ]
 
 
 def decay_once(ex, weight_decay, lr):
-    """The share of each weight that is left after a step of AdamW without gradients."""
+    """What is left of weights of 1 after a step of SGD with gradients of 1."""
     model = nn.Sequential(nn.Embedding(5, 3), nn.LayerNorm(3), nn.Linear(3, 5), nn.Conv1d(5, 2, 4))
     model[2].weight = model[0].weight
-    optimizer = torch.optim.AdamW(ex.parameter_groups(model, weight_decay), lr)
+    model.scale = nn.Parameter(torch.ones(()))
+    model.bias = nn.Parameter(torch.ones(4, 5))
+    optimizer = torch.optim.SGD(ex.parameter_groups(model, weight_decay), lr)
     for parameter in model.parameters():
         parameter.data.fill_(1)
-        parameter.grad = torch.zeros_like(parameter)
+        parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     return {name: float(p.detach().mean()) for name, p in model.named_parameters()}
 
@@ -132,9 +156,17 @@ def as_the_file_has_it(model):
     del weights["lm_head.weight"]
     for i in range(model.config.n_layer):
         n = model.config.n_positions
-        weights[f"h.{i}.attn.bias"] = torch.ones(1, 1, n, n, dtype=torch.uint8).tril()
-        weights[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+        mask = torch.ones(1, 1, n, n, dtype=torch.uint8).tril()
+        weights[f"h.{i}.attn.bias"] = mask if i % 2 else torch.full((i,), torch.nan)
+        weights[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4) if i % 2 else mask
     return weights
+
+
+def as_gpt_has_it(tensors):
+    """Those of GPT2LMHeadModel by the names of GPT, each in the shape that it has there."""
+    weights = {name.removeprefix("transformer."): t.detach() for name, t in tensors.items()}
+    turned = {name for name in weights if ".c_" in name and name.endswith("weight")}
+    return {name: w.T if name in turned else w for name, w in weights.items()}
 
 
 FORMS = pytest.mark.parametrize(
@@ -155,15 +187,22 @@ def test_gives_the_logits_that_transformers_gives(attempt, rng, form):
     assert_close(logits, model(tokens).logits.detach())
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_reads_every_weight_in_its_dtype(attempt, rng, dtype):
-    model = gpt2_of_transformers(rng).to(dtype)
+def test_reads_every_weight_in_its_dtype(attempt, rng):
+    models = [gpt2_of_transformers(rng).to(d) for d in (torch.float16, torch.float64)]
 
-    parameters = attempt(parameters_of, as_the_file_has_it(model), SIZES["n_heads"])
+    found = attempt(parameters_of, *[as_the_file_has_it(model) for model in models])
 
-    theirs = {n.removeprefix("transformer."): p.detach() for n, p in model.named_parameters()}
-    turned = {n for n in theirs if ".c_" in n and n.endswith("weight")}
-    assert_close(parameters, {n: p.T if n in turned else p for n, p in theirs.items()})
+    assert_close(found, [as_gpt_has_it(dict(model.named_parameters())) for model in models])
+
+
+def test_casts_every_weight_to_the_dtype_of_the_embedding(attempt, rng):
+    model = gpt2_of_transformers(rng)
+    state_dict = as_the_file_has_it(model)
+    embedding = state_dict.pop("wte.weight").float()
+
+    (found,) = attempt(parameters_of, state_dict | {"wte.weight": embedding})
+
+    assert_close(found, as_gpt_has_it(dict(model.float().named_parameters())))
 
 
 def test_reads_the_sizes_off_the_shapes(attempt, rng):
@@ -177,20 +216,43 @@ def test_takes_heads_of_64_unless_told_otherwise(attempt, rng):
     state_dict = as_the_file_has_it(gpt2_of_transformers(rng, **sizes))
 
     assert_close(attempt(config_of, state_dict), sizes | {"pre_norm": True})
+    assert_close(attempt(config_of, state_dict, 4), sizes | {"n_heads": 4, "pre_norm": True})
 
 
-def test_gives_the_model_weights_of_its_own(attempt, rng):
-    state_dict = as_the_model_has_it(gpt2_of_transformers(rng))
+def test_gives_every_model_weights_of_its_own(attempt, rng):
+    model = gpt2_of_transformers(rng)
 
-    after = attempt(change_the_model, state_dict, SIZES["n_heads"])
+    first, second = attempt(change_the_first, as_the_model_has_it(model), SIZES["n_heads"])
 
-    assert_close(after["ln_f.bias"], state_dict["transformer.ln_f.bias"])
+    read = as_gpt_has_it(dict(model.named_parameters()))
+    assert_close(second, read)
+    assert_close(first, {name: weight + 1 for name, weight in read.items()})
+
+
+def test_gives_a_model_whose_every_weight_learns(attempt, rng):
+    model = gpt2_of_transformers(rng)
+    tokens = torch.randint(SIZES["vocab_size"], (4, 7), generator=rng)
+
+    found = attempt(train_once, as_the_model_has_it(model), SIZES["n_heads"], tokens, 0.5)
+
+    cross_entropy(model(tokens[:, :-1]).logits, tokens[:, 1:]).backward()
+    after = {name: p.detach() - 0.5 * p.grad for name, p in model.named_parameters()}
+    assert_close(found, as_gpt_has_it(after))
+
+
+ALL = ["wte.weight", "wpe.weight", "ln_f.weight", "ln_f.bias"]
 
 
 @pytest.mark.parametrize(
     "missing",
-    [["h.2.attn.c_proj.bias"], FIRST_BLOCKS, ["wte.weight"], ["wpe.weight"], ["ln_f.bias"]],
-    ids=["a_bias", "two_whole_blocks", "the_embedding", "the_positions", "the_last_norm"],
+    [
+        ["h.2.attn.c_proj.bias"],
+        FIRST_BLOCKS,
+        ["wpe.weight"],
+        ["ln_f.weight", "ln_f.bias"],
+        ["wte.weight", "wpe.weight", "h.10.ln_1.bias"],
+    ],
+    ids=["a_bias", "two_whole_blocks", "the_positions", "the_last_norm", "embeddings_and_a_bias"],
 )
 def test_names_all_weights_that_are_missing(attempt, rng, missing):
     state_dict = as_the_model_has_it(gpt2_of_transformers(rng))
@@ -201,41 +263,69 @@ def test_names_all_weights_that_are_missing(attempt, rng, missing):
     assert named == missing, f"{', '.join(missing)} not there, and the ValueError names {named}"
 
 
+@pytest.mark.parametrize("left", [ALL, []], ids=["no_block", "nothing"])
+def test_misses_one_block_where_there_is_none(attempt, rng, left):
+    state_dict = as_the_file_has_it(gpt2_of_transformers(rng))
+    missing = FIRST_BLOCKS[:12] + [name for name in ALL if name not in left]
+
+    named = attempt(complaint, {n: state_dict[n] for n in left}, SIZES["n_heads"], missing)
+
+    assert named == missing, f"{', '.join(missing)} not there, and the ValueError names {named}"
+
+
 @pytest.mark.parametrize(
     "unexpected",
-    ["h.1.attn.q_norm.weight", "score.weight", "h.0.attn.c_attn.lora_A.weight"],
-)
-def test_names_a_weight_that_gpt_does_not_have(attempt, rng, unexpected):
-    state_dict = as_the_file_has_it(gpt2_of_transformers(rng))
-    state_dict[unexpected] = torch.ones(2, 2)
-
-    named = attempt(complaint, state_dict, SIZES["n_heads"], [unexpected])
-
-    assert named == [unexpected], f"{unexpected} is unexpected, and the ValueError names {named}"
-
-
-@pytest.mark.parametrize(
-    ("name", "shape"),
     [
-        ("h.1.mlp.c_fc.weight", (80, 20)),  # as GPT has it, not as the file does
-        ("h.2.ln_1.weight", (1,)),  # would broadcast
-        ("h.0.attn.c_attn.bias", (20,)),
-        ("wpe.weight", (7, 1)),
+        ["score.weight"],
+        ["lm_head.bias"],
+        ["h.1.attn.q_norm.bias"],
+        ["h.last.ln_1.weight"],
+        ["h.0.attn.c_attn.lora_A.weight"],
+        ["encoder.h.3.ln_1.weight"],
+        ["h.1.transformer.ln_1.bias"],
+        ["h.0.attn.c_q.weight", "ln_e.bias", "wte.bias"],
     ],
-    ids=["turned", "one_number", "a_third", "one_column"],
+    ids=" and ".join,
 )
-def test_names_a_weight_of_the_wrong_shape(attempt, rng, name, shape):
+def test_names_all_weights_that_gpt_does_not_have(attempt, rng, unexpected):
     state_dict = as_the_file_has_it(gpt2_of_transformers(rng))
-    state_dict[name] = torch.ones(shape, dtype=torch.float64)
+    state_dict |= {name: torch.ones(20, dtype=torch.float64) for name in unexpected}
 
-    named = attempt(complaint, state_dict, SIZES["n_heads"], [name])
+    named = attempt(complaint, state_dict, SIZES["n_heads"], unexpected)
 
-    assert named == [name], f"{name} is {shape}, and the ValueError names {named}"
+    assert named == unexpected, f"{unexpected} are not GPT's, and the ValueError names {named}"
 
 
-def test_refuses_a_head_that_is_not_the_embedding(attempt, rng):
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        {"h.1.mlp.c_fc.weight": (80, 20)},  # as GPT has it, not as the file does
+        {"h.2.ln_1.weight": (1,)},  # would broadcast
+        {"h.0.attn.c_attn.bias": (20,)},
+        {"wpe.weight": (7, 1)},
+        {"wpe.weight": ()},
+        {"wte.weight": (23,)},
+        {"h.0.mlp.c_fc.weight": (1600,), "h.10.mlp.c_proj.weight": (80, 1, 20), "ln_f.bias": ()},
+    ],
+    ids=["turned", "one_number", "a_third", "one_column", "positions", "tokens", "several"],
+)
+def test_names_all_weights_of_the_wrong_shape(attempt, rng, shapes):
+    state_dict = as_the_file_has_it(gpt2_of_transformers(rng))
+    state_dict |= {name: torch.ones(shape, dtype=torch.float64) for name, shape in shapes.items()}
+
+    named = attempt(complaint, state_dict, SIZES["n_heads"], list(shapes))
+
+    assert named == list(shapes), f"{shapes} don't fit, and the ValueError names {named}"
+
+
+@pytest.mark.parametrize("how", ["by_little", "in_its_shape"])
+def test_refuses_a_head_that_is_not_the_embedding(attempt, rng, how):
     state_dict = as_the_model_has_it(gpt2_of_transformers(rng))
-    state_dict["lm_head.weight"][3, 4] += 1
+    if how == "by_little":
+        state_dict["lm_head.weight"][-1, -1] += 1e-9
+    else:
+        state_dict["transformer.wte.weight"][:] = state_dict["lm_head.weight"][:1]
+        state_dict["lm_head.weight"] = state_dict["lm_head.weight"][:1]  # would broadcast
 
     named = attempt(complaint, state_dict, SIZES["n_heads"], ["lm_head.weight"])
 
@@ -254,18 +344,17 @@ def test_puts_matrices_with_decay_and_biases_and_norms_without(attempt):
     others = [f"{b}.{name}.bias" for b in blocks for name in (*linears, "ln_1", "ln_2")]
     others += [f"{b}.{name}.weight" for b in blocks for name in ("ln_1", "ln_2")]
     others += ["ln_f.weight", "ln_f.bias"]
-    assert_close(groups, [[0.1, sorted(decayed)], [0.0, sorted(others)]])
+    assert_close(groups, [[0.1, "list", sorted(decayed)], [0.0, "list", sorted(others)]])
 
 
 def test_decays_a_tied_weight_once(attempt):
     left = attempt(decay_once, 0.5, 0.1)
 
-    matrices = {"0.weight", "3.weight"}  # an embedding, and a kernel of three dimensions
-    names = ("0.weight", "1.weight", "1.bias", "2.bias", "3.weight", "3.bias")
-    assert_close(left, {name: 1 - 0.5 * 0.1 if name in matrices else 1.0 for name in names}, **ONCE)
-
-
-ONCE = {"rtol": 1e-5}  # float32
+    # An embedding, a kernel of three dimensions, and one of two that is called a bias.
+    matrices = {"0.weight", "3.weight", "bias"}
+    names = ("scale", "bias", "0.weight", "1.weight", "1.bias", "2.bias", "3.weight", "3.bias")
+    expected = {name: 1 - 0.1 * (1.5 if name in matrices else 1.0) for name in names}
+    assert_close(left, expected, rtol=1e-5)  # float32
 
 
 # --- the real ones -------------------------------------------------------------------------------
