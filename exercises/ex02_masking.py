@@ -2,7 +2,8 @@
 
 Not every position may look at every other: not at the future, not at padding, not at the
 text that happens to stand in the same row. A mask says so, one truth value for each query
-and key: True where the query may see the key. Masks are combined by `&`.
+and key: True where the query may see the key. Masks are combined by `&`, and each call makes a new
+one, which is the caller's to change.
 
 A softmax under a mask shares one among the keys that are seen, and gives the others 0:
 

@@ -10,9 +10,10 @@ in how softly they do it:
     silu(x)       = x σ(x)      σ(x) = 1 / (1 + exp(−x)), the sigmoid
     swiglu(x)     = silu(gate) · value      gate and value are the two halves of x
 
-For all of them: any shape, also empty; float32 or float64, and the result has the same
-dtype. NaN gives NaN, so that a fault shows. For numbers as large as ±10⁶ the results are
-right, and nothing overflows on the way (NumPy would warn of that).
+For all of them: any shape of one axis or more, also empty; float32 or float64, and the result
+is a new array of the same dtype. NaN gives NaN, so that a fault shows. For numbers as large as
+±10⁶ the results are right, and nothing overflows on the way (NumPy would warn of that). Right
+means to nearly all digits beside 1: a share that is smaller than the dtype's eps may be 0.
 
 Source: Hendrycks & Gimpel 2016, "Gaussian Error Linear Units", section 2,
     https://arxiv.org/abs/1606.08415; Shazeer 2020, "GLU Variants Improve Transformer",

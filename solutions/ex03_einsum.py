@@ -12,6 +12,9 @@ Moving alone is written the same way by einops, where brackets hold axes that li
 
 Three dots stand for all further axes, whatever their number.
 
+Here every axis has at least one element. What a function moves may stay in the memory of its
+argument, but two calls never give the same memory, and arguments stay as they are.
+
 Source: NumPy's manual of einsum, https://numpy.org/doc/stable/reference/generated/numpy.einsum.html;
     Rogozhnikov 2022, "Einops", https://openreview.net/forum?id=oapKSVM2bcj
 """
@@ -56,6 +59,7 @@ def split_heads(x: np.ndarray, n_heads: int) -> np.ndarray:
     """Part the features of each position among the heads, and put the heads in front.
 
     x:       (..., seq_len, d_model)
+    n_heads: 1 or more
     returns: (..., n_heads, seq_len, head_dim), head_dim being d_model / n_heads
 
     Head 0 gets the first head_dim features of every position, head 1 the next, and so on. A

@@ -32,7 +32,8 @@ def softmax_kernel(
     """Write the softmax of one row: program i of a grid (n_rows,) has row i.
 
     x_ptr, out_ptr: first element of the first row of each; within a row, elements are neighbours
-    x_row_stride, out_row_stride: elements from the start of one row to the start of the next
+    x_row_stride, out_row_stride: elements from the start of one row to the start of the next; a
+        row may start more than 2³¹ elements after the first one
     n_columns: elements in a row, at least one
     BLOCK_SIZE: elements that a program holds at once, a power of two; less or more than n_columns
 
@@ -84,8 +85,10 @@ def softmax(x: Tensor, block_size: int | None = None) -> Tensor:
                 MAX_BLOCK_SIZE where that is smaller
     returns:    a new tensor of the shape, dtype and device of x
 
-    An x without elements gives an empty result. Another dtype raises TypeError, a block_size that
-    is not a power of two ValueError; the message says what was given.
+    An x without elements gives an empty result. Another dtype raises TypeError, with or without
+    elements, and a block_size that is not a power of two ValueError (1 is one, and one larger than
+    needed is fine; where x has no elements, it needn't be looked at). The message says what was
+    given. x stays as it is.
     """
     # solution
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
@@ -95,7 +98,7 @@ def softmax(x: Tensor, block_size: int | None = None) -> Tensor:
     n_columns = x.shape[-1]
     if block_size is None:
         block_size = min(triton.next_power_of_2(n_columns), MAX_BLOCK_SIZE)
-    if block_size != triton.next_power_of_2(block_size):
+    if block_size < 1 or block_size != triton.next_power_of_2(block_size):
         raise ValueError(f"block_size must be a power of two, got {block_size}")
 
     rows = x.reshape(-1, n_columns)  # a view where the strides allow it
