@@ -1,4 +1,4 @@
-"""Exercise 51: a Switch feed-forward layer, with one expert a token, capacity and balance.
+"""Exercise 51: a Switch layer.
 
 With k = 1 the router's work is plain: each token goes to one expert. Experts that run side by
 side want equal shares, so each has room for `capacity` tokens, and the rest are dropped: their

@@ -1,4 +1,4 @@
-"""Exercise 59: LoRA, adapting a model by a few numbers.
+"""Exercise 59: LoRA.
 
 A trained weight needs only a small change to learn something new, and that change has a low
 rank. So the weight is frozen, and beside it two thin matrices learn their product:

@@ -1,4 +1,4 @@
-"""Specs for exercise 51: a Switch feed-forward layer."""
+"""Specs for exercise 51: a Switch layer."""
 
 import math
 
