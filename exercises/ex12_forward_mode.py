@@ -130,12 +130,13 @@ def hvp(f: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> Tensor:
     """Multiply the Hessian of f by v, without ever having the Hessian.
 
     f:       a function of one tensor that gives one number: shape ()
-    x, v:    as in jvp
+    x, v:    as in jvp, but nobody need check their shapes again
     returns: shape and dtype of x, the Hessian of f at x times v
 
     It is how fast the gradient of f changes when x moves along v: forward over reverse. f is
     called once, and all together costs no more than eight times f(x), however long x is.
     Where the gradient doesn't change, as for an f in which x stands only linearly, that is 0.
+    The caller's x keeps its requires_grad and its .grad.
     """
     raise NotImplementedError("exercise 12 is not written yet")
 

@@ -102,7 +102,8 @@ class Trainer:
 
     model:       gives logits (batch, ..., n_classes) for x
     optimizer:   one of torch.optim, or one like them, such as those of exercise 17: it has
-                 param_groups, step, zero_grad, state_dict and load_state_dict
+                 param_groups, step, zero_grad, state_dict and load_state_dict. It holds all
+                 parameters of the model that want gradients
     train:       next(train) gives x (batch, ...) and y (batch, ...) int64, where −100 is no
                  target; has state_dict and load_state_dict
     eval_sets:   by name ("train", "val"), x and y of the examples that estimate_loss uses
@@ -162,7 +163,7 @@ class Trainer:
         raise NotImplementedError("exercise 19 is not written yet")
 
     def estimate_loss(self) -> dict[str, float]:
-        """Give the mean loss over all targets of each of eval_sets, in eval mode.
+        """Give the mean loss over all targets of each of eval_sets, in eval mode; 0 without any.
 
         Nothing is kept for backward, and nothing else changes: the model and each module in
         it is in the mode that it was in, even after an error, and the run goes on as if

@@ -146,12 +146,13 @@ def hvp(f: Callable[[Tensor], Tensor], x: Tensor, v: Tensor) -> Tensor:
     """Multiply the Hessian of f by v, without ever having the Hessian.
 
     f:       a function of one tensor that gives one number: shape ()
-    x, v:    as in jvp
+    x, v:    as in jvp, but nobody need check their shapes again
     returns: shape and dtype of x, the Hessian of f at x times v
 
     It is how fast the gradient of f changes when x moves along v: forward over reverse. f is
     called once, and all together costs no more than eight times f(x), however long x is.
     Where the gradient doesn't change, as for an f in which x stands only linearly, that is 0.
+    The caller's x keeps its requires_grad and its .grad.
     """
     # solution
     return jvp(torch.func.grad(f), x, v)[1]
@@ -169,7 +170,7 @@ def jacobian_forward(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     # solution
     basis = torch.eye(x.numel(), dtype=x.dtype, device=x.device).reshape(-1, *x.shape)
     columns = [jvp(f, x, direction)[1] for direction in basis]
-    return torch.stack(columns, dim=-1).reshape(*columns[0].shape, *x.shape)
+    return torch.stack(columns, dim=-1).reshape((*columns[0].shape, *x.shape))
 
 
 def _dual(number: Dual | float) -> Dual:

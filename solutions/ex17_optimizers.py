@@ -58,7 +58,8 @@ class Optimizer:
         """Update every parameter in place, by its gradient and the options of its group.
 
         A parameter whose .grad is None stays as it is: no momentum, no decay, no step
-        counted. The gradients stay as they are, and autograd records nothing.
+        counted. The gradients stay as they are, and the next ones may be written into the
+        same memory. Autograd records nothing.
         """
         # solution
         with torch.no_grad():

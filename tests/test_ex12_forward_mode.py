@@ -99,31 +99,44 @@ def test_dual_carries_the_slope_along_any_direction(attempt, expression, numbers
     assert_close(out, by_torch(expression, numbers, tangents), rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize(("exponent", "slope"), [(1, 1.0), (1.5, 0.0), (2, 0.0), (3, 0.0)])
-def test_dual_takes_powers_of_a_moving_zero(attempt, exponent, slope):
-    out = attempt(power, 0.0, 3.0, exponent)
+@pytest.mark.parametrize(
+    ("number", "exponent", "slope"),
+    [
+        *[(0.0, 1, 1.0), (0.0, 1.5, 0.0), (0.0, 2.0, 0.0), (0.0, 3, 0.0), (1.5, 0, 0.0)],
+        *[(-2.0, 3.0, 12.0), (-2.0, -1.0, -0.25), (-2.0, 2, -4.0)],
+    ],
+)
+def test_dual_takes_powers_of_zero_and_of_negative_numbers(attempt, number, exponent, slope):
+    out = attempt(power, number, 3.0, exponent)
 
-    assert_close(out, [0.0, 3.0 * slope])
+    assert_close(out, [number**exponent, 3.0 * slope])
 
 
-def test_dual_multiplies_by_the_product_rule(attempt):
-    out = attempt(carry, "products", (2.0, 5.0), (1.0, 10.0))
+@pytest.mark.parametrize(("a", "b"), [(2.0, 5.0), (0.0, 5.0), (2.0, 0.0)])
+def test_dual_multiplies_by_the_product_rule(attempt, a, b):
+    out = attempt(carry, "products", (a, b), (1.0, 10.0))
 
-    assert_close(out, [55.0, 5 * 3 * 1.0 + 2 * 3 * 10.0 + 2 * 5 * 10.0])
+    assert_close(out, [3 * a * b + b * b, 3 * (b * 1.0 + a * 10.0) + 2 * b * 10.0])
 
 
-def test_dual_survives_tanh_of_large_numbers(attempt):
-    for number in (-400.0, 400.0, -800.0, 800.0, 1e300):
-        assert_close(attempt(saturate, number), [math.copysign(1, number), 0.0])
+def test_dual_takes_tanh_of_large_and_small_numbers(attempt):
+    for number in (-400.0, 400.0, -800.0, 800.0, 1e300, 1e-9):
+        out = attempt(saturate, number)
+
+        slope = 0.0 if abs(number) > 1 else 1.0
+        assert_close(out, [math.tanh(number), slope], rtol=1e-12, atol=1e-20)
 
 
 def test_dual_does_not_move_unless_told_to(attempt):
-    out = attempt(still, 2.0)
+    out = attempt(still, 20.0)
 
-    assert_close(out, [2 * math.exp(2) + 3, 0.0])
+    assert_close(out, [20 * math.exp(20) + 3, 0.0])
 
 
-@pytest.mark.parametrize("b", [(1.0, 5.0), (2.0, 3.0), (2.0, 9.0), (3.0, 0.0), 2.0, 2.5], ids=str)
+OTHERS = [(1.0, 5.0), (2.0, 3.0), (2.0, 9.0), (3.0, 0.0), 2.0, 2.5, math.nextafter(2, 3)]
+
+
+@pytest.mark.parametrize("b", OTHERS, ids=str)
 def test_dual_compares_by_value_alone(attempt, b):
     out = attempt(compare, (2.0, 5.0), b)
 
@@ -224,8 +237,30 @@ def hvp_costs(ex, x, v, *weights):
     return {"calls": f.calls, "flops": counter.get_total_flops()}
 
 
+def marks_left(ex, x, v, *weights):
+    """What each of the three leaves on x: whether it wants a gradient, and which it has."""
+    f = network(*weights, ends_in_a_number=True)
+    left = []
+    for run in (
+        lambda: ex.jvp(f, x, v),
+        lambda: ex.hvp(f, x, v),
+        lambda: ex.jacobian_forward(f, x),
+    ):
+        run()
+        left.append((x.requires_grad, x.grad))
+    return left
+
+
 def jacobian(ex, x, *weights):
-    return ex.jacobian_forward(network(*weights) if weights else bent, x)
+    return ex.jacobian_forward(network(*weights), x)
+
+
+def jacobians(ex, *xs):
+    return [ex.jacobian_forward(bent, x) for x in xs]
+
+
+def jacobians_of_one_number(ex, *xs):
+    return [ex.jacobian_forward(lambda x: (x**3).sum(), x) for x in xs]
 
 
 def jacobian_costs(ex, x, *weights):
@@ -246,7 +281,7 @@ def contract(jacobian, v):
 
 def test_jvp_gives_the_result_and_the_jacobian_times_v(attempt, rng):
     x, v, *weights = randn(rng, (2, 3), (2, 3), (3, 5), (5, 4))
-    for x in (x, x.mT.contiguous().mT + 1):  # noqa: B020
+    for x, v in ((x, v), (x.mT.contiguous().mT + 1, v), (x, 0 * v)):  # noqa: B020
         out = attempt(jvp, x, v, *weights)
 
         f = network(*weights)
@@ -295,7 +330,7 @@ def test_hvp_multiplies_the_hessian_by_v(attempt, rng):
 
 def test_hvp_follows_the_branch_of_the_values(attempt, rng):
     x, v = randn(rng, (2, 3), (2, 3))
-    for x in (x.abs(), -x.abs()):  # noqa: B020
+    for x, v in ((x.abs(), v), (-x.abs().float(), v.float())):  # noqa: B020
         out = attempt(hvp_of_a_branch, x, v)
 
         assert_close(out, contract(oracle.hessian(hilly, x), v))
@@ -330,10 +365,25 @@ def test_jacobian_has_the_axes_of_the_result_and_then_those_of_x(attempt, rng, s
 
 def test_jacobian_takes_any_function_and_any_precision(attempt, rng):
     (x,) = randn(rng, (2, 3))
-    for x in (x.abs(), -x.abs().float()):  # noqa: B020
-        out = attempt(jacobian, x)
+    xs = x.abs(), -x.abs().float()
 
-        assert_close(out, oracle.jacobian(bent, x))
+    out = attempt(jacobians, *xs)
+
+    assert_close(out, [oracle.jacobian(bent, x) for x in xs])
+
+
+def test_jacobian_takes_x_of_any_shape_and_results_of_one_number(attempt, rng):
+    xs = randn(rng, (), (1,), (2, 1, 3))
+
+    out = attempt(jacobians_of_one_number, *xs)
+
+    assert_close(out, [3 * x**2 for x in xs])
+
+
+def test_all_leave_x_without_a_gradient(attempt, rng):
+    left = attempt(marks_left, *randn(rng, (2, 3), (2, 3), (3, 5), (5, 4)))
+
+    assert left == [(False, None)] * 3, f"x.requires_grad and x.grad are {left}"
 
 
 def test_jacobian_costs_one_forward_run_for_each_input_and_no_walk_back(attempt, rng):

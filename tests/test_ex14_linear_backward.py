@@ -47,8 +47,8 @@ def linear_summed(ex, x, weight, bias):
 
 
 def linear_stacked(ex, x, first, second, grad_y):
-    """The gradients through two layers, each of a weight and a bias."""
-    inputs = [t.requires_grad_() for t in (x, *first, *second)]
+    """The gradients through two layers, each of a weight and a bias; the last bias is frozen."""
+    inputs = [t.requires_grad_() for t in (x, *first, second[0])]
     y = ex.Linear.apply(ex.Linear.apply(x, *first), *second)
     return grad(y, inputs, grad_y)
 
@@ -99,14 +99,15 @@ def linear_costs(ex, x, weight, bias, grad_y, wanted):
 
 
 class Largest(TorchDispatchMode):
-    """The size of the largest memory that any operation made."""
+    """The size of the largest memory that any operation made, and how many of them there were."""
 
     def __init__(self):
         super().__init__()
-        self.nbytes = 0
+        self.nbytes = self.n_operations = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
+        self.n_operations += 1
         if isinstance(result, torch.Tensor):
             self.nbytes = max(self.nbytes, result.untyped_storage().nbytes())
         return result
@@ -119,6 +120,15 @@ def linear_makes(ex, x, weight, bias, grad_y):
         y = ex.Linear.apply(*inputs.values())
         grad(y, list(inputs.values()), grad_y)
     return largest.nbytes
+
+
+def linear_operations(ex, x, weight, bias, grad_y):
+    """How many operations backward takes for the gradients of x and weight."""
+    inputs = require(x, weight, bias, ("x", "weight"))
+    y = ex.Linear.apply(*inputs.values())
+    with Largest() as made:
+        grad(y, [x, weight], grad_y)
+    return made.n_operations
 
 
 def changed_on_the_way(ex, x, weight, bias, grad_y, name):
@@ -156,11 +166,19 @@ def layer(rng, *leading, d_in=5, d_out=4):
     return [torch.randn(shape, generator=rng, dtype=torch.float64) for shape in shapes]
 
 
-@given(leading=st.lists(st.integers(0, 3), max_size=3), seed=st.integers(0, 999))
+@given(
+    leading=st.lists(st.integers(0, 3), max_size=3),
+    sizes=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    seed=st.integers(0, 999),
+)
+@example(leading=[3, 50], sizes=(5, 4), seed=0)
+@example(leading=[2], sizes=(5, 1), seed=0)
+@example(leading=[2], sizes=(1, 4), seed=0)
 @settings(max_examples=15)
-def test_finds_all_gradients_for_any_leading_dimensions(attempt, leading, seed):
+def test_finds_all_gradients_for_any_leading_dimensions(attempt, leading, sizes, seed):
     rng = torch.Generator().manual_seed(seed)
-    x, weight, bias, grad_y = layer(rng, *leading, d_in=2 + seed % 3)
+    d_in, d_out = sizes
+    x, weight, bias, grad_y = layer(rng, *leading, d_in=d_in, d_out=d_out)
 
     out = attempt(linear, x, weight, bias, grad_y)
 
@@ -181,7 +199,7 @@ def test_scales_the_gradients_with_the_one_that_arrives(attempt, exponent, seed)
     assert_close([g / scale for g in grads], expected, **EXACT)
 
 
-def test_finds_all_gradients_through_two_layers(attempt, rng):
+def test_finds_the_wanted_gradients_through_two_layers(attempt, rng):
     x, *first, _ = layer(rng, 2, 3, d_in=5, d_out=4)
     _, *second, grad_y = layer(rng, 2, 3, d_in=4, d_out=7)
 
@@ -241,6 +259,24 @@ def test_pays_one_matrix_product_for_each_gradient_that_is_wanted(attempt, rng, 
     allowed = product * (("x" in wanted) + ("weight" in wanted))
     allowed += 2 * grad_y.numel() * ("bias" in wanted)  # its sum may be a product with ones
     assert flops <= allowed, f"{flops} operations where {allowed} are enough"
+
+
+def test_pays_nothing_for_a_frozen_bias(attempt, rng):
+    x, weight, bias, grad_y = layer(rng, 2, 3)
+
+    frozen = attempt(linear_operations, x, weight, bias, grad_y)
+    none = attempt(linear_operations, x, weight, None, grad_y)
+
+    assert frozen == none, f"{frozen} operations with a frozen bias, {none} without a bias"
+
+
+def test_passes_on_what_is_infinite_or_nan(attempt, rng):
+    x, weight, bias, grad_y = layer(rng, 2, 3)
+    grad_y[0, 1, 2], grad_y[1, 0, 3] = torch.inf, torch.nan
+
+    out = attempt(linear, x, weight, bias, grad_y)
+
+    assert_close(out, linear(oracle, x, weight, bias, grad_y), **EXACT)
 
 
 def test_makes_no_tensor_larger_than_the_largest_it_was_given(attempt, rng):

@@ -1,5 +1,6 @@
 """Specs for exercise 15: a two-layer MLP, backward."""
 
+import math
 from types import FunctionType
 
 import pytest
@@ -70,13 +71,14 @@ def second_derivatives(ex, inputs, grad_y, directions):
     first = grad(ex.MLP.apply(*inputs), inputs, grad_y, create_graph=True)
     try:
         # In one sum, a gradient that was cut off goes missing; backward runs into a refusal.
-        sum((g * d).sum() for g, d in zip(first, directions, strict=True)).backward()
+        along = sum((g * d).sum() for g, d in zip(first, directions, strict=True))
+        (along + 0 * inputs[0].sum()).backward()  # not refused where all are cut off
     except RuntimeError:
         return "refused"
     return [torch.zeros_like(t) if t.grad is None else t.grad for t in leaves]
 
 
-def kept(ex, inputs):
+def kept(ex, inputs, wanted):
     """Which inputs the graph keeps alive, and the bytes of what else it keeps."""
     names = {t.untyped_storage().data_ptr(): n for n, t in zip(NAMES, inputs, strict=True)}
     saved, others = set(), {}
@@ -90,7 +92,9 @@ def kept(ex, inputs):
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        y = ex.MLP.apply(*(t.requires_grad_() for t in inputs))
+        y = ex.MLP.apply(
+            *(t.requires_grad_(n in wanted) for n, t in zip(NAMES, inputs, strict=True))
+        )
     on_ctx = sum(t.untyped_storage().nbytes() for t in tensors_in(vars(y.grad_fn)))
     return {"inputs": sorted(saved), "others": sum(others.values()), "on ctx": on_ctx}
 
@@ -149,7 +153,7 @@ def make(rng, *batch, d_model=D_MODEL, d_ff=D_FF, dtype=torch.float64):
     return inputs, grad_y
 
 
-LEADING = {"a batch": (5,), "two dimensions": (2, 3), "none": (), "no rows": (0,)}
+LEADING = {"two dimensions": (2, 3), "many rows": (3, 50), "none": (), "no rows": (0,)}
 
 
 @pytest.mark.parametrize("batch", LEADING.values(), ids=LEADING)
@@ -170,6 +174,24 @@ def test_gives_the_gradients_of_all_inputs(attempt, rng, batch):
     assert_close(grads, gradients(oracle, inputs, grad_y), **EXACT)
 
 
+@pytest.mark.parametrize(("d_model", "d_ff"), [(5, 5), (6, 2), (3, 1), (1, 4)])
+def test_takes_hidden_layers_of_any_width(attempt, rng, d_model, d_ff):
+    inputs, grad_y = make(rng, 7, d_model=d_model, d_ff=d_ff)
+
+    grads = attempt(gradients, inputs, grad_y)
+
+    assert_close(grads, gradients(oracle, inputs, grad_y), **EXACT)
+
+
+def test_passes_on_gradients_that_are_infinite_or_nan(attempt, rng):
+    inputs, grad_y = make(rng, 5)
+    grad_y[1, 2], grad_y[3, 0] = math.inf, math.nan
+
+    grads = attempt(gradients, inputs, grad_y)
+
+    assert_close(grads, gradients(oracle, inputs, grad_y), **EXACT)
+
+
 def test_takes_inputs_and_gradients_of_any_memory_layout(attempt, rng):
     inputs, grad_y = make(rng, 2, 3)
     inputs = [t.mT.contiguous().mT if t.ndim > 1 else t.repeat_interleave(2)[::2] for t in inputs]
@@ -180,13 +202,14 @@ def test_takes_inputs_and_gradients_of_any_memory_layout(attempt, rng):
     assert_close(grads, gradients(oracle, inputs, grad_y), **EXACT)
 
 
-def test_stays_exact_where_the_hidden_layer_is_large(attempt, rng):
+def test_stays_exact_where_hidden_layer_and_gradient_are_large(attempt, rng):
     (x, *weights), grad_y = make(rng, 5)
     inputs = [1e4 * x, *weights]
 
-    grads = attempt(gradients, inputs, grad_y)
+    grads = attempt(gradients, inputs, 1e100 * grad_y)
 
-    assert_close(grads, gradients(oracle, inputs, grad_y), rtol=1e-12, atol=1e-8)
+    small = {name: g / 1e100 for name, g in grads.items()}
+    assert_close(small, gradients(oracle, inputs, grad_y), rtol=1e-12, atol=1e-8)
 
 
 def test_gives_the_gradients_through_two_mlps(attempt, rng):
@@ -227,12 +250,13 @@ def test_leaves_the_gradient_and_the_inputs_as_they_were(attempt, rng):
     assert_close((first, second), (expected, expected))
 
 
-def test_keeps_nothing_alive_but_inputs(attempt, rng):
+@pytest.mark.parametrize("wanted", [NAMES, ("x",), ("w1", "b2")], ids=" and ".join)
+def test_keeps_nothing_alive_but_inputs(attempt, rng, wanted):
     inputs, _ = make(rng, 20, d_ff=50)
     # Stored column by column, so that a contiguous copy would be one more.
     inputs = [t.mT.contiguous().mT if t.ndim > 1 else t for t in inputs]
 
-    found = attempt(kept, inputs)
+    found = attempt(kept, inputs, wanted)
 
     assert "x" in found["inputs"], f"keeps only {found['inputs']} through save_for_backward"
     assert found["others"] == 0, f"keeps {found['others']} bytes that are no input"

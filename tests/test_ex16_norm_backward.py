@@ -1,5 +1,7 @@
 """Specs for exercise 16: RMSNorm and LayerNorm, backward."""
 
+from types import FunctionType
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -46,7 +48,9 @@ def gradients(ex, norm, inputs, grad_y, eps=1e-5):
 
 
 def tensors_in(data):
-    """All tensors in lists, tuples and dicts."""
+    """All tensors in lists, tuples and dicts, and those that a function holds on to."""
+    if isinstance(data, FunctionType):
+        data = [*(cell.cell_contents for cell in data.__closure__ or ()), data.__defaults__]
     if isinstance(data, dict):
         data = list(data.values())
     if isinstance(data, (list, tuple)):
@@ -96,16 +100,19 @@ def costs(ex, norm, inputs, grad_y, wanted):
     return made.numbers
 
 
-def twice(ex, norm, inputs, direction):
-    """The gradient of the squared result along a direction, differentiated, or "refused"."""
+def twice(ex, norm, inputs, directions):
+    """All gradients of the squared result along directions, differentiated, or "refused"."""
     inputs = [x.requires_grad_() for x in inputs]
     y = getattr(ex, norm).apply(*inputs, 1e-5)
-    (grad_x,) = grad(y.square().sum(), inputs[:1], create_graph=True)
+    first = grad(y.square().sum(), inputs, create_graph=True)
+    # With the last term, gradients that were cut off are no refusal.
+    along = sum((g * d).sum() for g, d in zip(first, directions, strict=True))
+    along = along + 0 * sum(x.sum() for x in inputs)
     try:
-        grad_x.backward(direction)
+        along.backward()  # runs into a refusal, where grad would pass it by
     except RuntimeError:
         return "refused"
-    return [x.grad for x in inputs[:2]]
+    return [x.grad for x in inputs]
 
 
 def in_turn(ex, norm, first, second):
@@ -147,7 +154,7 @@ def test_find_all_gradients_for_any_leading_dimensions(attempt, norm, leading, s
 
 @both
 def test_keep_apart_two_calls_and_two_walks_back(attempt, rng, norm):
-    first, second = layer(rng, norm, 2), layer(rng, norm, 3, 4, d_model=7)
+    first, second = layer(rng, norm, 2), layer(rng, norm, 3, 40, d_model=7)
 
     out = attempt(in_turn, norm, first, second)
 
@@ -197,13 +204,25 @@ def test_take_inputs_and_gradients_of_any_memory_layout(attempt, rng, norm):
 
 
 @both
+def test_pass_on_gradients_of_any_size_and_nan(attempt, rng, norm):
+    inputs, grad_y = layer(rng, norm, 2, 3)
+    grad_y[1, 0, 2] = torch.nan
+
+    _, *grads = attempt(gradients, norm, inputs, 1e100 * grad_y)
+
+    _, *expected = gradients(oracle, norm, inputs, grad_y)
+    assert_close([g / 1e100 for g in grads], expected)
+
+
+@both
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_compute_in_float32_and_round_once(attempt, rng, norm, dtype):
-    inputs, grad_y = layer(rng, norm, 1, 2, d_model=7)
+    inputs, grad_y = layer(rng, norm, 1, 3, d_model=7)
     scales = (300.0, 8.0, 8.0)  # float16 holds no square of x and no product of grad_y and weight
     inputs = [
         (scale * (x.sign() + x / 4)).to(dtype) for x, scale in zip(inputs, scales, strict=False)
     ]
+    inputs[0] += 2000  # a mean that is no number of float16
     grad_y = (9e3 * grad_y.sign() * (1 + grad_y.abs().clamp(max=3) / 9)).to(dtype)
 
     out = attempt(gradients, norm, inputs, grad_y)
@@ -219,9 +238,10 @@ def test_compute_in_float32_and_round_once(attempt, rng, norm, dtype):
 
 @both
 def test_keep_x_and_weight_and_two_numbers_a_row(attempt, rng, norm):
-    inputs, _ = layer(rng, norm, 6, d_model=40)
+    (x, *others), _ = layer(rng, norm, 6, d_model=40)
+    x = x.half().mT.contiguous().mT  # a contiguous copy would be one more
 
-    kept = attempt(keeps, norm, [x.half() for x in inputs])
+    kept = attempt(keeps, norm, [x, *(t.half() for t in others)])
 
     assert kept["saved"] <= 2 * 6 * 8, f"keeps {kept['saved']} bytes besides x and weight"
     assert kept["on ctx"] <= 64, f"keeps {kept['on ctx']} bytes on ctx, past save_for_backward"
@@ -252,11 +272,12 @@ def test_layer_norms_bias_alone_costs_no_look_at_x(attempt, rng):
 
 @both
 def test_give_no_silently_wrong_second_derivative(attempt, rng, norm):
-    inputs, direction = layer(rng, norm, 2, 3)
+    inputs, _ = layer(rng, norm, 2, 3)
+    directions, _ = layer(rng, norm, 2, 3)
 
-    seconds = attempt(twice, norm, inputs, direction)
+    seconds = attempt(twice, norm, inputs, directions)
 
-    expected = twice(oracle, norm, inputs, direction)
+    expected = twice(oracle, norm, inputs, directions)
     assert_close(seconds, "refused" if isinstance(seconds, str) else expected)
 
 

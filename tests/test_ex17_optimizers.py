@@ -21,6 +21,11 @@ CASES = {
         {"lr": 0.01, "momentum": 0.9, "nesterov": True, "weight_decay": 0.2},
         {"momentum": 0.6, "weight_decay": 0.0},
     ),
+    "nesterov in one group": (
+        "SGD",
+        {"lr": 0.01, "momentum": 0.9, "nesterov": True},
+        {"momentum": 0.0, "nesterov": False},
+    ),
     "adam": ("Adam", {"lr": 0.05}, {"betas": (0.6, 0.95), "lr": 0.02}),
     "adam with decay": (
         "Adam",
@@ -59,7 +64,7 @@ def starts(rng):
 
 
 def descend(ex, name, options, own, starts, n_steps):
-    """All numbers after each step. The second group has options of its own, and lr falls once."""
+    """All numbers after each step. The second group has options of its own; all fall once."""
     params = [start.clone().requires_grad_() for start in starts]
     groups = [{"params": params[::2]}, {"params": params[1::2], **own}]
     optimizer = getattr(ex, name)(groups, **options)
@@ -71,7 +76,10 @@ def descend(ex, name, options, own, starts, n_steps):
         path.append(torch.cat([p.detach().flatten() for p in params]))
         if t == 35:
             for group in optimizer.param_groups:
-                group["lr"] *= 0.5
+                for option in {"lr", "momentum", "weight_decay", "eps"} & group.keys():
+                    group[option] *= 0.5
+                if "betas" in group:
+                    group["betas"] = tuple(0.9 * beta for beta in group["betas"])
     return torch.stack(path)
 
 
@@ -99,12 +107,16 @@ def interrupted(ex, name, options, own, starts, stops):
     return torch.stack(path)
 
 
-def steps_on(ex, name, options, start, grad, n_steps):
-    """Where n steps lead that all have the same gradient, and the gradient after them."""
+def steps_on(ex, name, options, start, *grads):
+    """Where a step on each gradient leads, and what the last one is after it.
+
+    All gradients stand in the same memory, one after the other.
+    """
     param = start.clone().requires_grad_()
-    param.grad = grad.clone()
+    param.grad = torch.zeros_like(grads[0])
     optimizer = getattr(ex, name)([param], **options)
-    for _ in range(n_steps):
+    for grad in grads:
+        param.grad.copy_(grad)
         optimizer.step()
     return param, param.grad
 
@@ -123,6 +135,11 @@ def train_a_layer(ex, name, options, weights, x):
         "output": layer(x),
         "same parameter": layer.weight is parameter,
         "a leaf": layer.weight.is_leaf and layer.weight.requires_grad,
+        "graphs in the state": sum(
+            isinstance(value, torch.Tensor) and value.requires_grad
+            for state in optimizer.state.values()
+            for value in state.values()
+        ),
     }
 
 
@@ -149,12 +166,14 @@ def split(ex, weight_decay):
             "wte": nn.Embedding(7, 4),
             "conv": nn.Conv1d(4, 4, 3),
             "norm": nn.LayerNorm(4),
+            "norm of a table": nn.LayerNorm((3, 1)),
             "frozen": nn.Linear(4, 4).requires_grad_(False),
             "scale": nn.PReLU(4),
             "head": nn.Linear(4, 7),
         }
     )
     model["head"].weight = model["wte"].weight
+    model.register_parameter("gain", nn.Parameter(torch.tensor(1.0)))
     names = {id(p): name for name, p in model.named_parameters()}
     groups = ex.decay_groups(model, weight_decay)
     return [(g["weight_decay"], sorted(names[id(p)] for p in g["params"])) for g in groups]
@@ -186,11 +205,31 @@ def test_remembers_all_it_needs_in_its_state_and_its_groups(attempt, rng, case):
 @pytest.mark.parametrize("name", NAMES)
 def test_leaves_the_gradients_as_they_were(attempt, rng, name):
     options = {"lr": 0.1, "weight_decay": 0.2} | ({"momentum": 0.7} if name == "SGD" else {})
-    start, grad = (torch.randn(4, generator=rng, dtype=torch.float64) for _ in range(2))
+    start, *grads = (torch.randn(4, generator=rng, dtype=torch.float64) for _ in range(4))
 
-    _, after = attempt(steps_on, name, options, start, grad, 3)
+    _, after = attempt(steps_on, name, options, start, *grads)
 
-    assert_close(after, grad, rtol=0, atol=0)
+    assert_close(after, grads[-1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_takes_gradients_from_one_memory_and_parameters_of_any_layout(attempt, rng, name):
+    options = {"lr": 0.1, "weight_decay": 0.0} | ({"momentum": 0.7} if name == "SGD" else {})
+    start, *grads = (torch.randn(4, 3, generator=rng, dtype=torch.float64) for _ in range(4))
+    start, grads = start.mT, [grad.mT for grad in grads]
+
+    param, _ = attempt(steps_on, name, options, start, *grads)
+
+    assert_close(param, steps_on(torch.optim, name, options, start, *grads)[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_passes_on_gradients_that_are_large_infinite_or_nan(attempt, name):
+    start, grad = torch.zeros(4), torch.tensor([1e9, torch.inf, torch.nan, 1.0])
+
+    param, _ = attempt(steps_on, name, {"lr": 0.1}, start, grad)
+
+    assert_close(param, steps_on(torch.optim, name, {"lr": 0.1}, start, grad)[0])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -220,7 +259,7 @@ def test_adam_begins_with_steps_of_lr_whatever_the_scale_of_the_gradient(attempt
     grad = torch.rand(3, generator=rng, dtype=torch.float64) + 0.5
     grad *= torch.tensor([1.0, -1.0, 1e3], dtype=torch.float64) * 10.0**exponent
 
-    param, _ = attempt(steps_on, "Adam", {"lr": 0.25}, torch.zeros_like(grad), grad, 1)
+    param, _ = attempt(steps_on, "Adam", {"lr": 0.25}, torch.zeros_like(grad), grad)
 
     # m̂ is g and √v̂ is |g|. Only a gradient as small as eps makes a smaller step.
     assert_close(param, -0.25 * grad / (grad.abs() + 1e-8), rtol=1e-9, atol=0)
@@ -230,7 +269,7 @@ def test_adamw_decays_at_the_same_rate_whatever_the_gradient(attempt, rng):
     start = torch.randn(4, generator=rng, dtype=torch.float64)
     options = {"lr": 0.1, "weight_decay": 0.3}
 
-    param, _ = attempt(steps_on, "AdamW", options, start, torch.zeros_like(start), 5)
+    param, _ = attempt(steps_on, "AdamW", options, start, *[torch.zeros_like(start)] * 5)
 
     assert_close(param, start * (1 - 0.1 * 0.3) ** 5)
 
@@ -238,8 +277,9 @@ def test_adamw_decays_at_the_same_rate_whatever_the_gradient(attempt, rng):
 def test_lets_matrices_decay_but_no_biases_and_norms(attempt):
     groups = attempt(split, 0.25)
 
-    decaying = ["conv.weight", "wte.weight"]
-    others = ["conv.bias", "head.bias", "norm.bias", "norm.weight", "scale.weight"]
+    table = ["norm of a table.bias", "norm of a table.weight"]
+    decaying = ["conv.weight", *table, "wte.weight"]
+    others = ["conv.bias", "gain", "head.bias", "norm.bias", "norm.weight", "scale.weight"]
     assert_close(groups, [(0.25, decaying), (0.0, others)])
 
 
@@ -251,8 +291,11 @@ def test_gives_two_groups_even_where_one_is_empty(attempt, bias, trained):
 
 
 @pytest.mark.parametrize("momentum", [0.0, -0.25])
-def test_rejects_nesterov_without_momentum(attempt, rng, momentum):
-    options = {"lr": 0.1, "momentum": 0.9, "nesterov": True}
+@pytest.mark.parametrize("asks", ["all groups", "one group"])
+def test_rejects_nesterov_without_momentum(attempt, rng, asks, momentum):
+    options, own = {"lr": 0.1, "momentum": 0.9, "nesterov": True}, {"momentum": momentum}
+    if asks == "one group":
+        options, own = {"lr": 0.1, "momentum": momentum}, {"nesterov": True}
 
     with pytest.raises(ValueError, match=str(momentum)):
-        attempt(descend, "SGD", options, {"momentum": momentum}, starts(rng), 0)
+        attempt(descend, "SGD", options, own, starts(rng), 0)

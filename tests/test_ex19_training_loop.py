@@ -25,12 +25,14 @@ class Net(nn.Module):
         self.drop = nn.Dropout(p)
         self.inner = nn.Linear(WIDTH, WIDTH)
         self.head = nn.Linear(WIDTH, VOCAB_SIZE)
+        self.register_buffer("n_trained", torch.tensor(0))
         self.seen = []
 
     def forward(self, x):
         inner = self.inner(self.drop(self.embed(x)))
         note = (len(x), self.training, torch.is_grad_enabled(), str(inner.dtype))
         self.seen.append(note)
+        self.n_trained += len(x) * self.training
         return self.head(torch.tanh(inner))
 
 
@@ -66,8 +68,8 @@ class Given:
 
 
 def falling(step):
-    """A schedule."""
-    return 0.5 / (1 + step)
+    """A schedule, which rests for one step."""
+    return 0.5 / (1 + step) * (step != 1)
 
 
 def make_net(seed, p=0.0, dtype=torch.float64):
@@ -99,6 +101,7 @@ def heard_by(ex, events, name):
 
         def on_step_end(self, trainer, loss):
             events.append((name, "step end", trainer.step, loss))
+            trainer.model.eval()  # as a callback may leave it
 
         def on_evaluate(self, trainer, losses):
             events.append((name, "evaluate", trainer.step, losses))
@@ -139,7 +142,7 @@ def trained_by_hand(batches, options):
         optimizer.zero_grad()
         loss = F.cross_entropy(model(x).flatten(0, -2), y.flatten())
         loss.backward()
-        if options.get("max_norm"):
+        if options.get("max_norm") is not None:
             nn.utils.clip_grad_norm_(model.parameters(), options["max_norm"])
         for group in optimizer.param_groups:
             group["lr"] = falling(step) if options.get("schedule") else group["lr"]
@@ -157,7 +160,7 @@ def trained_by_hand(batches, options):
     }
 
 
-def run_in_parts(ex, x, y, stops, eval_every=0):
+def run_in_parts(ex, x, y, stops, eval_every=0, scheduled=True):
     """Train with dropout, in parts: each begins from nothing but the file of the one before."""
     losses = []
     with TemporaryDirectory() as folder:
@@ -170,18 +173,20 @@ def run_in_parts(ex, x, y, stops, eval_every=0):
                 torch.optim.AdamW(model.parameters(), lr=0.1 + part),
                 ex.Batches(x, y, batch_size=3, seed=part),
                 eval_sets={"val": (x[:4], y[:4])},
-                schedule=falling,
+                schedule=falling if scheduled else None,
                 max_norm=0.5,
                 micro_batch=2,
                 callbacks=[heard_by(ex, events, "")],
             )
             if part:
                 trainer.load(path)
+            trainer.save(path)  # what is written later counts
             trainer.fit(stop, eval_every)
             trainer.save(path)
             losses += [what for _, event, _, what in events if event == "step end"]
     return {
         "parameters": numbers_of(model),
+        "buffer": model.n_trained,
         "losses": losses,
         "n_steps": events[0][-1],
         "step": trainer.step,
@@ -194,7 +199,7 @@ def run_in_parts(ex, x, y, stops, eval_every=0):
 def estimated(ex, eval_sets, micro_batch, training):
     """The losses of a model with dropout, and whether anything else has changed."""
     model = make_net(0, p=0.5).train(training)
-    model.inner.train(not training)  # as somebody left it
+    model.inner.train(not training).requires_grad_(False)  # as somebody left it
     trainer = ex.Trainer(model, None, None, eval_sets=eval_sets, micro_batch=micro_batch)
     for p in model.parameters():
         p.grad = torch.full_like(p, 2.0)
@@ -207,6 +212,7 @@ def estimated(ex, eval_sets, micro_batch, training):
         "at once": max(n for n, *_ in model.seen),
         "grad mode inside": any(mode for _, _, mode, _ in model.seen),
         "train mode after": {name: module.training for name, module in model.named_modules()},
+        "frozen": [name for name, p in model.named_parameters() if not p.requires_grad],
         "random numbers": torch.rand(3),
     }
 
@@ -234,7 +240,8 @@ def estimated_by_hand(eval_sets, training):
     """What `estimated` should give."""
     model, losses = make_net(0).eval(), {}
     for name, (x, y) in eval_sets.items():
-        losses[name] = F.cross_entropy(model(x).flatten(0, -2), y.flatten()).item()
+        summed = F.cross_entropy(model(x).flatten(0, -2), y.flatten(), reduction="sum")
+        losses[name] = summed.item() / max(1, (y != -100).sum().item())
     torch.manual_seed(1)
     return {
         "gradients": True,
@@ -243,6 +250,7 @@ def estimated_by_hand(eval_sets, training):
         "at once": max(len(x) for x, _ in eval_sets.values()),
         "grad mode inside": False,
         "train mode after": modes_by_hand(training),
+        "frozen": ["inner.weight", "inner.bias"],
         "random numbers": torch.rand(3),
     }
 
@@ -271,21 +279,29 @@ def events_of(ex, batches, n_steps, eval_every):
     }
 
 
-def fit_and_fit_again(ex, batches, stops, error):
-    """What is heard of one fit after another; each may end by the error that batches end with."""
+def fit_and_fit_again(ex, batches, stops, error, eval_every=0, raises_at=None):
+    """What is heard of one fit after another; each may end by an error."""
     model, events = make_net(0), []
-    callbacks = [heard_by(ex, events, "")]
-    trainer = ex.Trainer(model, sgd(model), Given(batches, error), callbacks=callbacks)
+
+    class Raises(ex.Callback):
+        def on_step_end(self, trainer, loss):
+            if trainer.step == raises_at:
+                raise error("enough")
+
+    callbacks = [heard_by(ex, events, ""), Raises()]
+    trainer = ex.Trainer(
+        model, sgd(model), Given(batches, error), {"val": batches[0]}, callbacks=callbacks
+    )
     for stop in stops:
         try:
-            trainer.fit(stop)
+            trainer.fit(stop, eval_every)
         except error:
             events.append(("", error.__name__, trainer.step, None))
     return [(event, step) for _, event, step, _ in events]
 
 
-def fit_again(ex, batches, stops):
-    return fit_and_fit_again(ex, batches, stops, LookupError)
+def fit_again(ex, batches, stops, **options):
+    return fit_and_fit_again(ex, batches, stops, LookupError, **options)
 
 
 def interrupted(ex, batches, stop):
@@ -393,11 +409,11 @@ def compare(results, expected, micro_batch):
 # --- specs ---------------------------------------------------------------------------------------
 
 
-def make_batch(rng, n, hidden=0.3):
+def make_batch(rng, n, hidden=0.3, shape=(SEQ_LEN,)):
     """x and y of n examples; about that share of y is no target, the first one always is."""
-    x, y = (torch.randint(VOCAB_SIZE, (n, SEQ_LEN), generator=rng) for _ in range(2))
+    x, y = (torch.randint(VOCAB_SIZE, (n, *shape), generator=rng) for _ in range(2))
     y[torch.rand(y.shape, generator=rng) < hidden] = -100
-    y[0, 0] = 4
+    y.view(-1)[0] = 4
     return x, y
 
 
@@ -414,9 +430,19 @@ def test_takes_the_step_of_the_big_batch_however_it_is_cut(attempt, rng, micro_b
     compare(results, trained_by_hand(batches, {}), micro_batch)
 
 
-def test_sets_the_rate_of_every_group_and_clips_the_whole_gradient(attempt, rng):
+@pytest.mark.parametrize("shape", [(), (2, 3)], ids=["one", "a table"])
+def test_takes_any_number_of_targets_for_each_example(attempt, rng, shape):
+    batches = [make_batch(rng, n, shape=shape) for n in (8, 5)]
+
+    results = attempt(trained, batches, {"micro_batch": 3})
+
+    compare(results, trained_by_hand(batches, {}), 3)
+
+
+@pytest.mark.parametrize("max_norm", [0.2, 0.0])
+def test_sets_the_rate_of_every_group_and_clips_the_whole_gradient(attempt, rng, max_norm):
     batches = [make_batch(rng, n) for n in (8, 5, 7)]
-    options = {"schedule": True, "max_norm": 0.2, "micro_batch": 3}
+    options = {"schedule": True, "max_norm": max_norm, "micro_batch": 3}
 
     results = attempt(trained, batches, options)
 
@@ -431,11 +457,12 @@ def test_does_not_move_on_a_batch_without_targets(attempt, rng):
     assert_close((results["parameters"], results["losses"]), (numbers_of(make_net(0)), [0.0]))
 
 
-def test_goes_on_after_an_interruption_as_if_there_had_been_none(attempt, rng):
+@pytest.mark.parametrize("scheduled", [True, False], ids=["a schedule", "no schedule"])
+def test_goes_on_after_an_interruption_as_if_there_had_been_none(attempt, rng, scheduled):
     x, y = make_batch(rng, 10)  # four batches an epoch, the last of one example
 
-    whole = attempt(run_in_parts, x, y, [11])
-    parts = attempt(run_in_parts, x, y, [4, 5, 11])
+    whole = attempt(run_in_parts, x, y, [11], scheduled=scheduled)
+    parts = attempt(run_in_parts, x, y, [4, 5, 11], scheduled=scheduled)
 
     assert_close(parts, whole, rtol=0.0, atol=0.0)  # bit for bit
 
@@ -455,7 +482,8 @@ def test_goes_on_after_an_evaluation_as_if_there_had_been_none(attempt, rng):
     ids=["threes, from train mode", "whole, from eval mode"],
 )
 def test_estimates_losses_in_eval_mode_and_changes_nothing(attempt, rng, micro_batch, training):
-    eval_sets = {"train": make_batch(rng, 8), "val": make_batch(rng, 5, hidden=0.7)}
+    eval_sets = {"train": make_batch(rng, 70), "val": make_batch(rng, 5, hidden=0.7)}
+    eval_sets["no targets"] = eval_sets["val"][0], torch.full((5, SEQ_LEN), -100)
 
     results = attempt(estimated, eval_sets, micro_batch, training)
 
@@ -505,10 +533,28 @@ def test_tells_them_of_the_end_when_somebody_presses_ctrl_c(attempt, rng):
     assert_close(events, expected)
 
 
-def test_makes_only_the_steps_that_are_left(attempt, rng):
-    events = attempt(fit_again, [make_batch(rng, 2) for _ in range(3)], [2, 2, 3])
+def test_tells_them_of_the_end_when_one_of_them_raises(attempt, rng):
+    batches = [make_batch(rng, 2) for _ in range(5)]
 
-    first = [("fit start", 0), ("step end", 1), ("step end", 2), ("fit end", 2)]
+    events = attempt(fit_again, batches, [5], raises_at=2)
+
+    told = [("fit start", 0), ("step end", 1), ("step end", 2), ("fit end", 2)]
+    assert_close(events, [*told, ("LookupError", 2)])
+
+
+def test_evaluates_by_the_steps_of_all_fits_and_once_at_the_last(attempt, rng):
+    batches = [make_batch(rng, 2) for _ in range(7)]
+
+    events = attempt(fit_again, batches, [1, 4, 7], eval_every=2)
+
+    assert_close([step for event, step in events if event == "evaluate"], [1, 2, 4, 6, 7])
+
+
+def test_makes_only_the_steps_that_are_left(attempt, rng):
+    events = attempt(fit_again, [make_batch(rng, 2) for _ in range(3)], [0, 2, 2, 3])
+
+    first = [("fit start", 0), ("fit end", 0)]
+    first += [("fit start", 0), ("step end", 1), ("step end", 2), ("fit end", 2)]
     none = [("fit start", 2), ("fit end", 2)]
     assert_close(events, [*first, *none, ("fit start", 2), ("step end", 3), ("fit end", 3)])
 
