@@ -61,7 +61,8 @@ class Transformer(nn.Module):
     decoder: nn.ModuleList of n_layers DecoderBlock
 
     There are no other parameters: the logits have no bias, no norm follows the last block, and
-    the positions are the waves of exercise 30. Token 0 is padding, in source and target.
+    the positions are the waves of exercise 30. Token 0 is padding, in source and target. All is
+    computed in the dtype of the weights.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class Transformer(nn.Module):
         max_len is that of the positions: a source or target of more tokens raises ValueError,
         which gives both numbers. embed.weight starts normal, with mean 0 and deviation
         1/√d_model, so that an embedding times √d_model is about as large as a position. The
-        others start as their modules start them.
+        others start as their modules start them, each by itself.
         """
         super().__init__()
         raise NotImplementedError("exercise 35 is not written yet")
@@ -118,10 +119,11 @@ def greedy(model: Transformer, src: Tensor, bos_id: int, eos_id: int, max_new: i
     model:   anything with the methods encode and decode of Transformer; no other is called
     src:     (batch, src_len) int64
     bos_id:  the token that every target begins with; not returned
-    eos_id:  the token that ends one; returned, and followed by padding (0)
+    eos_id:  the token that ends one; returned, and followed by padding (0). It may be bos_id
     max_new: int ≥ 1, at most so many tokens are written, an eos_id among them
     returns: (batch, n) int64, n ≤ max_new; n is smaller if all targets end before
 
-    The source is read once, no gradient is recorded, and the model stays in its mode.
+    The source is read once, no gradient is recorded, and the model is left as it was, in its
+    mode too. A 0 that is likeliest is written like any other token: only eos_id ends a target.
     """
     raise NotImplementedError("exercise 35 is not written yet")

@@ -30,9 +30,9 @@ def route(logits: Tensor, k: int, renormalize: bool = True) -> tuple[Tensor, Ten
                  experts (..., k) int64, the experts that the weights belong to
 
     The softmax is done in float32 at least: in half precision it would round away small
-    differences. Logits of any size give finite weights. Of experts with equal logits any
-    may be chosen, but none twice. A k below 1 or above n_experts raises ValueError,
-    which says what it was.
+    differences. Logits of any size give finite weights, and these are differentiated. Of
+    experts with equal logits any may be chosen, but none twice. A k below 1 or above
+    n_experts raises ValueError, which says what it was.
     """
     raise NotImplementedError("exercise 50 is not written yet")
 

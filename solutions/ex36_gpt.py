@@ -126,7 +126,7 @@ class GPT(nn.Module):
         All weights, those of the embeddings too, are normal with mean 0 and standard
         deviation 0.02. In the GPT-2 form the projections that end a branch
         (h.{i}.attn.c_proj.weight, h.{i}.mlp.c_proj.weight) have 0.02/√(2·n_layers) instead.
-        Every bias is 0 and every LayerNorm weight is 1.
+        Every bias is 0 and every LayerNorm weight is 1. Each number is drawn by itself.
         """
         super().__init__()
         self.config = config
@@ -172,12 +172,13 @@ class GPT(nn.Module):
     def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 1.0) -> Tensor:
         """Write on, one token at a time, each drawn from softmax(logits / temperature).
 
-        tokens:  (batch, seq_len) int64, seq_len ≥ 1; may be longer than block_size
-        returns: (batch, seq_len + max_new_tokens) int64, the given tokens first
+        tokens:      (batch, seq_len) int64, seq_len ≥ 1; may be longer than block_size
+        temperature: 0 or more; at 0 the token with the highest logit is taken
+        returns:     (batch, seq_len + max_new_tokens) int64, the given tokens first
 
-        The model reads the last block_size tokens, or all while there are fewer. At
-        temperature 0 the token with the highest logit is taken. Draws come from torch's
-        global generator. Nothing is kept for backward.
+        The model reads the last block_size tokens, or all while there are fewer. Each draw is
+        one of its own, from torch's global generator. Nothing is kept for backward, and the
+        model stays as it was, in its mode too.
         """
         # solution
         for _ in range(max_new_tokens):

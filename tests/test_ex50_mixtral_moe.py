@@ -37,6 +37,11 @@ def route(ex, logits, k, renormalize=None):
     return {"weights": weights, "experts": experts}
 
 
+def route_gradient(ex, logits, k, renormalize, grad):
+    weights, _ = ex.route(logits.requires_grad_(), k, renormalize)
+    return torch.autograd.grad(weights, logits, grad)[0]
+
+
 def build(ex, weights, k):
     n_experts, d_ff, d_model = weights["gate_proj"].shape
     moe = ex.SparseMoE(d_model, d_ff, n_experts, k)
@@ -47,6 +52,25 @@ def build(ex, weights, k):
 
 def mix(ex, weights, k, x):
     return build(ex, weights, k)(x)
+
+
+def mix_by_the_way(ex, weights, k, inputs):
+    """Of one model: what it makes of the inputs, a step and a mode between, and other dtypes."""
+    moe, found = build(ex, weights, k), []
+    for x in inputs:
+        found.append(moe(x))
+        found[-1].square().sum().backward()
+        take_a_step([getattr(moe, name) for name in weights])
+        moe.train(not moe.training)
+    dtypes = (torch.bfloat16, torch.float32)
+    return found, [str(moe.to(dtype)(inputs[0].to(dtype)).dtype) for dtype in dtypes]
+
+
+def take_a_step(parameters):
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter -= 0.01 * parameter.grad
+            parameter.grad = None
 
 
 def mix_and_differentiate(ex, weights, k, x, grad):
@@ -98,7 +122,8 @@ def expert(weights, e, token):
 def test_weighs_the_k_likeliest_experts(attempt, batch, n_experts, data, renormalize, seed):
     k = data.draw(st.integers(1, n_experts), label="k")
     rng = torch.Generator().manual_seed(seed)
-    logits = 3 * torch.randn(*batch, n_experts, generator=rng, dtype=torch.float64)
+    axes = range(len(batch), -1, -1)
+    logits = 3 * make_x(rng, n_experts, *reversed(batch)).permute(*axes)  # not contiguous
 
     found = attempt(route, logits, k, renormalize)
 
@@ -122,14 +147,49 @@ def test_chooses_no_expert_twice_when_logits_are_equal(attempt):
     assert (found["weights"].diff(dim=-1) <= 0).all(), "the largest weight must come first"
 
 
-@pytest.mark.parametrize("renormalize", [True, False])
-def test_takes_logits_of_any_size(attempt, renormalize):
-    logits = torch.tensor([[-3e4, 3e4, 0, 3e4], [-3e4, -3e4, -5e4, -9e4]], dtype=torch.float64)
+# Beyond these sizes a log-sum-exp over all experts is too coarse for a share: finite, no more.
+@pytest.mark.parametrize(
+    ("dtype", "size", "renormalize"),
+    [
+        (torch.float64, 1e4, True), (torch.float64, 1e4, False),
+        (torch.float64, 1e300, True), (torch.bfloat16, 1e37, True),
+    ],
+)  # fmt: skip
+def test_takes_logits_of_any_size(attempt, dtype, size, renormalize):
+    logits = size * torch.tensor([[-3, 3, 0, 3], [-3, -3, -5, -9]], dtype=dtype)
 
     found = attempt(route, logits, 2, renormalize)
 
-    assert_close(found["weights"], torch.full((2, 2), 0.5, dtype=torch.float64))
+    wide = torch.promote_types(dtype, torch.float32)
+    assert_close(found["weights"], torch.full((2, 2), 0.5, dtype=wide))
     assert_close(found["experts"].sort(dim=-1).values, torch.tensor([[1, 3], [0, 1]]))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "inch"), [(torch.float64, 1e-9), (torch.float32, 1e-5), (torch.bfloat16, 1e-3)]
+)
+def test_chooses_the_likelier_expert_be_it_by_an_inch(attempt, rng, dtype, inch):
+    n_experts, n_tokens = 64, 40
+    best = torch.randint(n_experts, (n_tokens, 1), generator=rng)
+    logits = torch.zeros(n_tokens, n_experts, dtype=dtype).scatter(1, best, inch)
+
+    found = attempt(route, logits, 1)
+
+    wide = torch.promote_types(dtype, torch.float32)
+    assert_close(found, {"weights": torch.ones(n_tokens, 1, dtype=wide), "experts": best})
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_passes_gradients_to_the_logits(attempt, rng, renormalize):
+    logits, grad = make_x(rng, 7, N_EXPERTS), make_x(rng, 7, 3)
+
+    found = attempt(route_gradient, logits, 3, renormalize, grad, may_change=True)
+
+    leaf = logits.clone().requires_grad_()
+    shares = leaf.exp() / leaf.exp().sum(dim=-1, keepdim=True)
+    shares = shares.gather(-1, logits.argsort(dim=-1, descending=True)[:, :3])
+    shares = shares / shares.sum(dim=-1, keepdim=True) if renormalize else shares
+    assert_close(found, torch.autograd.grad(shares, leaf, grad)[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -190,6 +250,21 @@ def test_passes_gradients_to_the_router_the_experts_and_x(attempt, rng, k):
     assert_close(found, {"out": out} | {name: leaf.grad for name, leaf in leaves.items()})
 
 
+def test_mixes_by_the_weights_that_it_has_now_and_in_their_dtype(attempt, rng):
+    weights = make_weights(rng)
+    inputs = [make_x(rng, *shape, D_MODEL) for shape in [(5,), (5,), (2, 7), (3,)]]
+
+    found, dtypes = attempt(mix_by_the_way, weights, 2, inputs)
+
+    leaves, expected = {name: w.clone().requires_grad_() for name, w in weights.items()}, []
+    for x in inputs:
+        expected.append(mixture(leaves, 2, x))
+        expected[-1].square().sum().backward()
+        take_a_step(leaves.values())
+    assert_close(found, expected)
+    assert_close(dtypes, ["torch.bfloat16", "torch.float32"])
+
+
 def test_leaves_an_expert_without_tokens_at_rest(attempt, rng):
     weights, x, grad = make_weights(rng), make_x(rng, 7, D_MODEL), make_x(rng, 7, D_MODEL)
     x[:, 0] = 1.0
@@ -206,19 +281,24 @@ def test_leaves_an_expert_without_tokens_at_rest(attempt, rng):
 @settings(max_examples=12)
 @given(
     batch=st.lists(st.integers(0, 3), max_size=3),
-    n_experts=st.integers(2, 6),
+    n_experts=st.integers(1, 6),
     seed=st.integers(0, 999),
 )
 @example(batch=[2, 3], n_experts=4, seed=0)
+@example(batch=[2, 3], n_experts=1, seed=0)
+@example(batch=[1], n_experts=3, seed=0)
+@example(batch=[], n_experts=3, seed=0)
+@example(batch=[2, 0], n_experts=3, seed=0)
 def test_treats_every_token_by_itself_in_any_batch(attempt, batch, n_experts, seed):
     rng = torch.Generator().manual_seed(seed)
     weights = make_weights(rng, n_experts=n_experts)
     axes = range(len(batch), -1, -1)
     x = make_x(rng, D_MODEL, *reversed(batch)).permute(*axes)  # no two axes can be joined by a view
+    k = min(2, n_experts)
 
-    out = attempt(mix, weights, 2, x)
+    out = attempt(mix, weights, k, x)
 
-    assert_close(out, mixture(weights, 2, x) if x.numel() else torch.zeros_like(x))
+    assert_close(out, mixture(weights, k, x) if x.numel() else torch.zeros_like(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -233,9 +313,9 @@ def test_keeps_half_precision(attempt, rng, dtype):
     assert_close(out, precise.to(dtype), atol=4 * 10 * torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize(("k", "n_experts"), [(1, 12), (3, 12), (3, 4)])
-def test_works_for_k_experts_however_many_there_are(attempt, rng, k, n_experts):
-    d_model, d_ff, n_tokens = 12, 40, 30
+@pytest.mark.parametrize(("k", "n_experts", "n_tokens"), [(1, 64, 30), (3, 12, 7), (3, 4, 30)])
+def test_works_for_k_experts_however_many_there_are(attempt, rng, k, n_experts, n_tokens):
+    d_model, d_ff = 12, 40
     weights = make_weights(rng, d_model=d_model, d_ff=d_ff, n_experts=n_experts)
     x = make_x(rng, n_tokens, d_model)
 
