@@ -46,7 +46,8 @@ def count(ex, x, block_size=None):
     """What the kernel moves, in elements, and its result."""
     with watched() as traffic:
         out = ex.softmax(x, block_size)
-    return traffic, out
+    # Where the system puts tensors is no work of the code: the same code gives the same data here.
+    return {what: traffic[what] for what in ("read", "written", "astray", "block")}, out
 
 
 def in_turn(ex, inputs):
