@@ -55,8 +55,8 @@ class MultiHeadAttention(nn.Module):
 
         x:       (batch, n_queries, d_model)
         context: (batch, n_keys, d_model) gives keys and values; x itself if None
-        mask:    bool, broadcasts to (batch, n_heads, n_queries, n_keys), True where a query may
-                 see a key; all is seen without one
+        mask:    bool, of two axes or more, broadcasts to (batch, n_heads, n_queries, n_keys), True
+                 where a query may see a key; all is seen without one
         returns: (batch, n_queries, d_model), dtype of x, which is that of the weights
 
         A causal layer lets position t see positions 0 … t and, of these, only what a mask

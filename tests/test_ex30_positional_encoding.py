@@ -25,6 +25,12 @@ def default_table(ex):
     return ex.sinusoidal(3, 4)
 
 
+def tables_after_a_change(ex):
+    """Two tables, made after the caller has changed one of the same sizes."""
+    ex.sinusoidal(5, 6).zero_()
+    return ex.sinusoidal(5, 6), ex.sinusoidal(5, 6, torch.float64)
+
+
 def add_waves(ex, x, max_len):
     return ex.SinusoidalPositions(x.shape[-1], max_len)(x)
 
@@ -129,6 +135,12 @@ def test_is_float32_unless_told_otherwise(attempt):
     assert_close(attempt(default_table), closed_form(range(3), 4, torch.float32))
 
 
+def test_makes_its_table_anew_at_every_call(attempt):
+    tables = attempt(tables_after_a_change)
+
+    assert_close(tables, tuple(closed_form(range(5), 6, d) for d in (torch.float32, torch.float64)))
+
+
 @pytest.mark.parametrize("d_model", [1, 7])
 def test_rejects_an_odd_d_model(attempt, rng, d_model):
     with pytest.raises(ValueError, match=rf"\b{d_model}\b"):
@@ -151,7 +163,9 @@ def test_makes_two_positions_as_alike_as_they_are_near(attempt, t, distance, hal
 # --- the modules ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch", [(), (3,), (2, 3)], ids=["no batch", "batch", "two batch axes"])
+@pytest.mark.parametrize(
+    "batch", [(), (1,), (3,), (2, 3)], ids=["no batch", "batch of 1", "batch", "two batch axes"]
+)
 @pytest.mark.parametrize("seq_len", [0, 5, 9])
 def test_adds_the_waves_to_what_comes_in(attempt, rng, batch, seq_len):
     x = draw(rng, *batch, seq_len, 6).float()
@@ -163,14 +177,16 @@ def test_adds_the_waves_to_what_comes_in(attempt, rng, batch, seq_len):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_keeps_the_dtype_of_what_comes_in(attempt, rng, dtype):
-    x = draw(rng, 3, 5, 6).to(dtype)
+    x = draw(rng, 3, 300, 6).to(dtype)
+    x[0], x[1] = 0, 1000 * x[1]
 
-    out = attempt(add_waves, x, 9)
+    out = attempt(add_waves, x, 310)
 
-    expected = (x.double() + closed_form(range(5), 6)).to(dtype)
+    waves = closed_form(range(300), 6)
     # The waves are rounded to float32 or coarser before the sum, which is rounded again.
     eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
-    assert_close(out, expected, atol=4 * eps)
+    assert_close(out, (x.double() + waves).to(dtype), atol=4 * eps)
+    assert_close(out[0], waves.to(dtype), rtol=0, atol=eps)
 
 
 def test_adds_the_same_waves_at_every_call_and_passes_gradients_on(attempt, rng):
@@ -179,14 +195,16 @@ def test_adds_the_same_waves_at_every_call_and_passes_gradients_on(attempt, rng)
 
     outs, grads = attempt(add_waves_to_each, xs, 9)
 
-    waves = [closed_form(range(x.shape[-2]), 6, x.dtype) for x in xs]
-    assert_close(outs, [x + p for x, p in zip(xs, waves, strict=True)])
+    for out, x in zip(outs, xs, strict=True):
+        expected = (x.double() + closed_form(range(x.shape[-2]), 6)).to(x.dtype)
+        # The waves may be rounded before the sum, which is rounded again.
+        assert_close(out, expected, atol=4 * torch.finfo(x.dtype).eps)
     assert_close(grads, [torch.ones_like(x) for x in xs])
 
 
 def test_keeps_no_start_from_one_call_to_the_next(attempt, rng):
-    xs, weight = [draw(rng, 2, n, 6) for n in (3, 2, 4)], draw(rng, 9, 6)
-    starts = 2, 6, 0
+    xs, weight = [draw(rng, 2, n, 6) for n in (3, 2, 4, 1, 1, 0)], draw(rng, 9, 6)
+    starts = 2, 6, 0, 0, 0, 3
 
     outs = attempt(add_learned_to_each, xs, weight, starts)
 
@@ -236,11 +254,15 @@ def test_sends_gradients_to_the_rows_in_use_alone(attempt, rng):
 def test_draws_the_learned_table_with_a_deviation_of_two_hundredths(attempt):
     weight = attempt(fresh_weight, 40, 500)
 
-    z = weight.double().flatten() / 0.02
+    rows = weight.double() / 0.02
+    z = rows.flatten()
     # Six standard deviations of what 20,000 normal draws give: a chance of 2 in 10⁹ each.
     assert_close(float(z.mean()), 0.0, atol=6 / math.sqrt(len(z)))
     assert_close(float(z.std()), 1.0, atol=6 / math.sqrt(2 * len(z)))
     assert_close(float((z.abs() < 1).double().mean()), 0.6827, atol=6 * 0.4655 / math.sqrt(len(z)))
+    for axis in (0, 1):  # products of neighbours, which are drawn each by itself
+        product = float((rows * rows.roll(1, axis)).mean())
+        assert_close(product, 0.0, atol=6 / math.sqrt(len(z)))
 
 
 def test_rejects_more_positions_than_max_len(attempt, rng):
@@ -254,3 +276,5 @@ def test_rejects_more_positions_than_max_len(attempt, rng):
         attempt(add_learned, x[:, :3], weight, start=4)
     with pytest.raises(ValueError, match=r"4.*5|5.*4"):
         attempt(add_learned, x[:, :1], weight, start=4)
+    with pytest.raises(ValueError, match=r"\b4\b.*\b12\b|\b12\b.*\b4\b"):
+        attempt(add_learned, x[:, :2], weight, start=10)

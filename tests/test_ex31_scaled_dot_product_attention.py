@@ -19,9 +19,10 @@ def attend(ex, q, k, v, mask=None):
     return ex.scaled_dot_product_attention(q, k, v, mask)
 
 
-def gradients(ex, q, k, v, mask, upstream):
-    """The gradients of q, k and v, given that of the result; None where there is none."""
-    inputs = [x.requires_grad_() for x in (q, k, v)]
+def gradients(ex, q, k, v, mask, upstream, asked="qkv"):
+    """The gradients of those that are asked for, given that of the result; None for none."""
+    named = {"q": q, "k": k, "v": v}
+    inputs = [named[name].requires_grad_() for name in asked]
     out = attend(ex, q, k, v, mask)
     return torch.autograd.grad(out, inputs, upstream, allow_unused=True)
 
@@ -40,8 +41,9 @@ def causal(n_queries=3, n_keys=5):
     return torch.ones(n_queries, n_keys, dtype=torch.bool).tril()
 
 
-def test_averages_the_values_by_the_softmax_of_the_scaled_scores(attempt, rng):
-    q, k, v = qkv(rng, batch=(2, 7))
+@pytest.mark.parametrize("n_keys", [5, 300])
+def test_averages_the_values_by_the_softmax_of_the_scaled_scores(attempt, rng, n_keys):
+    q, k, v = qkv(rng, n_keys=n_keys, batch=(2, 7))
 
     out = attempt(attend, q, k, v)
 
@@ -57,17 +59,22 @@ def test_lets_a_query_see_only_the_keys_its_mask_allows(attempt, rng):
     assert_close(out, attend(oracle, q, k, v, mask))
 
 
-def test_broadcasts_the_mask_and_the_leading_dimensions(attempt, rng):
-    batch, n_heads, n_queries, n_keys = 2, 7, 3, 5
-    q, _, _ = qkv(rng, batch=(batch, n_heads))
-    _, k, v = qkv(rng, batch=(batch, 1))  # all query heads share one head of keys and values
-    lengths = torch.tensor([5, 2])  # the keys behind them are padding
-    mask = (torch.arange(n_keys) < lengths[:, None])[:, None, None, :]
+@pytest.mark.parametrize(
+    ("queries", "keys", "masks"),
+    [((2, 7), (2, 1), (2, 1)), ((7,), (2, 1), (7,)), ((2, 1), (7,), ()), ((), (), (2, 7))],
+    ids=["one head of keys", "queries for all rows", "one head of queries", "the mask alone"],
+)
+def test_broadcasts_the_mask_and_the_leading_dimensions(attempt, rng, queries, keys, masks):
+    n_queries, n_keys = 3, 5
+    q, _, _ = qkv(rng, batch=queries)
+    _, k, v = qkv(rng, batch=keys)
+    mask = torch.rand(*masks, 1, n_keys, generator=rng) < 0.5  # what is hidden is padding
+    mask[..., 0] = True
 
     out = attempt(attend, q, k, v, mask)
 
-    k, v = (x.expand(-1, n_heads, -1, -1) for x in (k, v))
-    assert_close(out, attend(oracle, q, k, v, mask.expand(-1, n_heads, n_queries, -1)))
+    q, k, v, mask = (x.expand(2, 7, -1, -1) for x in (q, k, v, mask))
+    assert_close(out, attend(oracle, q, k, v, mask.expand(-1, -1, n_queries, -1)))
 
 
 def test_takes_inputs_of_any_memory_layout(attempt, rng):
@@ -83,8 +90,12 @@ def test_takes_inputs_of_any_memory_layout(attempt, rng):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_rounds_to_the_dtype_of_its_inputs_after_the_softmax(attempt, rng, dtype):
-    q, k, v = (x.to(dtype) for x in qkv(rng, n_queries=20, n_keys=20, batch=(2,)))
+    q, k, v = (x.to(dtype) for x in qkv(rng, 20, 20, head_dim=5, batch=(2,)))
     q, v = 6 * q, v / v.abs().amax()  # scores up to 40, which half a precision rounds by 1/16
+    if dtype != torch.float32:  # and here beyond 100, of parts that are larger still
+        q[..., :3] = torch.tensor([15, 17, 16])
+        parts = torch.randint(-8, 8, (2, 20, 1), generator=rng)
+        k[..., :3] = torch.tensor([0, 0, 16]) + parts * torch.tensor([17, -15, 0])
     mask = causal(20, 20)
 
     out = attempt(attend, q, k, v, mask)
@@ -130,8 +141,8 @@ def test_gives_the_one_key_that_is_seen_all_the_weight_however_low_it_scores(
 
 def test_stays_exact_when_the_scores_are_far_too_large_for_exp(attempt, rng):
     q, k, v = qkv(rng)
-    signs = torch.tensor([[-1.0], [1.0], [-1.0]])  # scores above 10⁴ in row 1, else below −10⁴
-    q, k = 1e5 * signs * (q.abs() + 1), k.abs() + 1
+    signs = torch.tensor([[-1.0], [1.0], [-1.0]])  # scores above 10¹² in row 1, else below −10¹²
+    q, k = 1e12 * signs * (q.abs() + 1), k.abs() + 1
     mask = causal()
 
     out = attempt(attend, q, k, v, mask)
@@ -139,18 +150,19 @@ def test_stays_exact_when_the_scores_are_far_too_large_for_exp(attempt, rng):
     assert_close(out, attend(oracle, q, k, v, mask))
 
 
-def test_sends_gradients_to_q_k_and_v(attempt, rng):
+@pytest.mark.parametrize("asked", ["qkv", "q", "k", "v"])
+def test_sends_gradients_to_q_k_and_v(attempt, rng, asked):
     q, k, v = qkv(rng, batch=(2,))
     mask = torch.rand(2, 3, 5, generator=rng) < 0.5
     mask[..., 0] = True
     upstream = torch.randn(2, 3, 6, generator=rng, dtype=torch.float64)
 
-    grads = attempt(gradients, q, k, v, mask, upstream)
+    grads = attempt(gradients, q, k, v, mask, upstream, asked)
 
-    assert_close(grads, gradients(oracle, q, k, v, mask, upstream))
+    assert_close(grads, gradients(oracle, q, k, v, mask, upstream, asked))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.uint8])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.int64, torch.uint8])
 def test_rejects_a_mask_that_is_not_bool(attempt, rng, dtype):
     q, k, v = qkv(rng)
 

@@ -62,22 +62,28 @@ def attend_causally(ex, n_heads, weights, x, context=None, mask=None):
     return build(ex, n_heads, True, weights)(x, context, mask)
 
 
+def attend_in_eval_mode(ex, n_heads, causal, weights, x, mask):
+    return build(ex, n_heads, causal, weights).eval()(x, None, mask)
+
+
 def attend_in_turn(ex, n_heads, causal, weights, calls):
-    """One layer, for each (x, mask) of the calls."""
+    """One layer, for each (x, context, mask) of the calls."""
     layer = build(ex, n_heads, causal, weights)
-    return [layer(x, None, mask) for x, mask in calls]
+    return [layer(*call) for call in calls]
 
 
-def fresh(ex, d_model):
-    return ex.MultiHeadAttention(d_model, 3).state_dict()
+def two_fresh(ex, d_model):
+    return [ex.MultiHeadAttention(d_model, 3).state_dict() for _ in range(2)]
 
 
-def gradients(ex, n_heads, weights, x, context, mask, upstream):
+def gradients(ex, n_heads, causal, train, weights, x, context, mask, upstream):
     """The gradients of all weights and of what comes in, given that of the result."""
-    layer = build(ex, n_heads, False, weights)
-    layer(x.requires_grad_(), context.requires_grad_(), mask).backward(upstream)
-    grads = {name: parameter.grad for name, parameter in layer.named_parameters()}
-    return grads | {"x": x.grad, "context": context.grad}
+    layer = build(ex, n_heads, causal, weights).train(train)
+    inputs = {"x": x.requires_grad_()}
+    if context is not None:
+        inputs["context"] = context.requires_grad_()
+    layer(x, context, mask).backward(upstream)
+    return {name: i.grad for name, i in (dict(layer.named_parameters()) | inputs).items()}
 
 
 def shapes(ex, d_model, n_heads):
@@ -123,9 +129,10 @@ def test_lets_each_head_attend_with_its_own_slice_of_the_features(attempt, rng, 
     assert_close(out, expected_from(oracle(n_heads, weights), x))
 
 
-@pytest.mark.parametrize("n_queries", [1, 5, 11])
-def test_takes_keys_and_values_from_the_context(attempt, rng, n_queries):
-    weights, x, context = make_weights(rng), make_rows(rng, n_queries), make_rows(rng, N_KEYS)
+@pytest.mark.parametrize(("n_queries", "batch"), [(1, 3), (5, 1), (11, 4)])
+def test_takes_keys_and_values_from_the_context(attempt, rng, n_queries, batch):
+    weights, x = make_weights(rng), make_rows(rng, n_queries, batch=batch)
+    context = make_rows(rng, N_KEYS, batch=batch)
 
     out = attempt(attend, 3, weights, x, context)
 
@@ -134,8 +141,8 @@ def test_takes_keys_and_values_from_the_context(attempt, rng, n_queries):
 
 @pytest.mark.parametrize(
     "shape",
-    [(5, 7), (2, 1, 1, 7), (3, 5, 7), (2, 3, 5, 7)],
-    ids=["for all alike", "padding of the batch", "each head its own", "in full"],
+    [(5, 7), (2, 1, 1, 7), (3, 5, 7), (2, 1, 5, 7), (1, 3, 1, 7), (2, 3, 5, 7)],
+    ids=["for all", "padding", "of each head", "of each row", "padding of each head", "in full"],
 )
 def test_lets_a_query_see_only_the_keys_its_mask_allows(attempt, rng, shape):
     weights, x, context = make_weights(rng), make_rows(rng, N_QUERIES), make_rows(rng, N_KEYS)
@@ -206,48 +213,83 @@ def test_sees_nothing_of_the_future_however_low_the_past_scores(attempt, rng):
 
 @pytest.mark.parametrize("causal", [False, True], ids=["plain", "causal"])
 def test_keeps_nothing_from_one_call_to_the_next(attempt, rng, causal):
-    weights, xs = make_weights(rng), [make_rows(rng, n) for n in (4, 9, 4)]
+    weights, xs = make_weights(rng), [make_rows(rng, n) for n in (4, 9, 4, 4)]
     xs[1] = xs[1].mT.contiguous().mT  # another layout, too
-    masks = [make_mask(rng, 4, 4), None, None]
+    masks = [make_mask(rng, 4, 4), None, None, None]
+    contexts = [None, None, *([None, None] if causal else [make_rows(rng, n) for n in (6, 6)])]
+    calls = list(zip(xs, contexts, masks, strict=True))
 
-    outs = attempt(attend_in_turn, 3, causal, weights, list(zip(xs, masks, strict=True)))
+    outs = attempt(attend_in_turn, 3, causal, weights, calls)
 
     layer = oracle(3, weights)
-    for out, x, mask in zip(outs, xs, masks, strict=True):
+    for out, (x, context, mask) in zip(outs, calls, strict=True):
         past = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
         seen = (past if mask is None else past & mask) if causal else mask
-        assert_close(out, expected_from(layer, x, mask=seen))
+        assert_close(out, expected_from(layer, x, context, seen))
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["plain", "causal"])
+def test_sees_in_eval_mode_what_it_sees_in_train_mode(attempt, rng, causal):
+    weights, x, mask = make_weights(rng), make_rows(rng, N_QUERIES), make_mask(rng, 2, 1, 1, 5)
+
+    out = attempt(attend_in_eval_mode, 3, causal, weights, x, mask)
+
+    past = torch.ones(N_QUERIES, N_QUERIES, dtype=torch.bool).tril()
+    assert_close(out, expected_from(oracle(3, weights), x, mask=mask & past if causal else mask))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("causal", [False, True], ids=["plain", "causal"])
+def test_keeps_the_dtype_of_its_inputs(attempt, rng, dtype, causal):
+    weights = {name: w.to(dtype) for name, w in make_weights(rng).items()}
+    x, mask = make_rows(rng, N_QUERIES).to(dtype), make_mask(rng, 2, 1, 1, 5)
+
+    out = attempt(attend_causally if causal else attend, 3, weights, x, mask=mask)
+
+    past = torch.ones(N_QUERIES, N_QUERIES, dtype=torch.bool).tril()
+    layer = oracle(3, {name: w.double() for name, w in weights.items()})
+    expected = expected_from(layer, x.double(), mask=mask & past if causal else mask)
+    # Scores of about 10 carry errors of a few eps into the weights, and results reach 10.
+    assert_close(out, expected.to(dtype), rtol=0.0, atol=64 * torch.finfo(dtype).eps)
 
 
 def test_starts_as_linear_layers_start(attempt):
     d_model = 96
 
-    state = attempt(fresh, d_model)
+    states = attempt(two_fresh, d_model)
 
     # Uniform between ±1/√d_model, each number by itself. Of 9216 numbers seven spreads of the mean
     # square are 7 · √(4/45) / 96 of the bound's square, and 9216 numbers leave no gap of 0.01.
+    # Seven spreads of the mean are 7 · √(1/3) / 96 of the bound.
     bound = 1 / d_model**0.5
     for name in PROJECTIONS:
-        weight, bias = (state[f"{name}.{kind}"].double() / bound for kind in ("weight", "bias"))
-        square = float(weight.square().mean())
+        weight, bias = (states[0][f"{name}.{kind}"].double() / bound for kind in ("weight", "bias"))
+        square, mean = float(weight.square().mean()), float(weight.mean())
         assert 0.99 < weight.abs().max() <= 1.0, f"{name}.weight must reach ±1/√d_model, no more"
-        assert abs(square - 1 / 3) < 0.022, (
-            f"{name}.weight must be uniform, got {square:.3f} of 1/3"
+        assert abs(square - 1 / 3) < 0.022 and abs(mean) < 0.042, (
+            f"{name}.weight must be uniform, got a mean of {mean:.3f}, a square of {square:.3f}"
         )
         assert 0.5 < bias.abs().max() <= 1.0, f"{name}.bias must reach ±1/√d_model, no more"
-    first = torch.stack([state[f"{name}.weight"][0] for name in PROJECTIONS])
-    assert len(first.unique(dim=0)) == 4, "two projections start with the same numbers"
+    for part in ("weight", "bias"):
+        starts = [s[f"{name}.{part}"].flatten()[:96] for s in states for name in PROJECTIONS]
+        assert len(torch.stack(starts).unique(dim=0)) == 8, f"two {part}s start alike"
 
 
-def test_sends_gradients_to_every_weight_and_to_both_inputs(attempt, rng):
-    weights, x, context = make_weights(rng), make_rows(rng, N_QUERIES), make_rows(rng, N_KEYS)
-    mask, upstream = make_mask(rng, N_QUERIES, N_KEYS), make_rows(rng, N_QUERIES)
+@pytest.mark.parametrize("how", ["with a context", "of x alone", "causal", "in eval mode"])
+def test_sends_gradients_to_every_weight_and_to_all_inputs(attempt, rng, how):
+    weights, x, upstream = make_weights(rng), *(make_rows(rng, N_QUERIES) for _ in range(2))
+    context = make_rows(rng, N_KEYS) if how == "with a context" else None
+    mask = make_mask(rng, N_QUERIES, N_QUERIES if context is None else N_KEYS)
+    modes = how == "causal", how != "in eval mode"
 
-    grads = attempt(gradients, 3, weights, x, context, mask, upstream)
+    grads = attempt(gradients, 3, *modes, weights, x, context, mask, upstream)
 
-    layer, inputs = oracle(3, weights), [x.requires_grad_(), context.requires_grad_()]
-    expected_from(layer, *inputs, mask).backward(upstream)
-    expected = {"x": x.grad, "context": context.grad}
+    layer, inputs = oracle(3, weights), {"x": x.requires_grad_()}
+    if context is not None:
+        inputs["context"] = context.requires_grad_()
+    seen = mask.tril() if how == "causal" else mask
+    expected_from(layer, x, context, seen).backward(upstream)
+    expected = {name: i.grad for name, i in inputs.items()}
     for kind in ("weight", "bias"):
         parts = getattr(layer, f"in_proj_{kind}").grad.chunk(3)
         parts = (*parts, getattr(layer.out_proj, kind).grad)

@@ -35,6 +35,12 @@ def attend(ex, kind, q, k, v, causal, grad_out):
     return out, *grad(out, inputs, grad_out)
 
 
+def attend_for(ex, kind, asked, q, k, v, causal, grad_out):
+    """The gradient of one input alone; the others need none."""
+    asked = {"q": q, "k": k, "v": v}[asked].requires_grad_()
+    return grad(getattr(ex, kind).apply(q, k, v, causal), asked, grad_out)
+
+
 def attend_again(ex, kind, q, k, v, causal, grad_out):
     """Two backward passes over one graph."""
     inputs = [x.requires_grad_() for x in (q, k, v)]
@@ -68,8 +74,8 @@ def check(ex, kind, q, k, v, causal):
 
 
 def keeps(ex, kind, q, k, v, causal):
-    """The bytes that the graph keeps alive: saved for backward, or put on ctx itself."""
-    saved, on_ctx = {}, {}
+    """The bytes that the graph keeps alive, saved for backward, and what else stands on ctx."""
+    saved = {}
 
     def pack(x):
         saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
@@ -78,18 +84,16 @@ def keeps(ex, kind, q, k, v, causal):
     with saved_tensors_hooks(pack, lambda x: x):
         inputs = [x.requires_grad_() for x in (q, k, v)]
         out = getattr(ex, kind).apply(*inputs, causal)
-    for x in tensors_in(list(vars(out.grad_fn).values())):
-        on_ctx[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-    return {"saved": sum(saved.values()), "on ctx": sum(on_ctx.values())}
+    others = {name: value for name, value in vars(out.grad_fn).items() if not plain_value(value)}
+    return {"saved": sum(saved.values()), "on ctx": [type(x).__name__ for x in others.values()]}
 
 
-def tensors_in(data):
-    """Every tensor in nested lists, tuples and dicts."""
-    if isinstance(data, torch.Tensor):
-        return [data]
-    if isinstance(data, dict):
-        data = list(data.values())
-    return [x for y in data for x in tensors_in(y)] if isinstance(data, (list, tuple)) else []
+def plain_value(value):
+    """A number, a string, a dtype, a size, or a few of them."""
+    if isinstance(value, (list, tuple)):
+        return all(plain_value(x) for x in value)
+    kinds = (bool, int, float, str, torch.dtype, torch.device, torch.layout)
+    return value is None or isinstance(value, kinds)
 
 
 def costs(ex, kind, q, k, v, grad_out):
@@ -192,6 +196,19 @@ def test_agrees_with_finite_differences(attempt, rng, kind, causal):
 
 
 @kinds
+@masks
+@pytest.mark.parametrize("asked", ["q", "k", "v"])
+def test_gives_the_gradient_of_one_input_where_the_others_need_none(
+    attempt, rng, kind, causal, asked
+):
+    q, k, v, grad_out = make_inputs(rng, 5)
+
+    found = attempt(attend_for, kind, asked, q, k, v, causal, grad_out)
+
+    assert_close(found, attend_for(oracle, kind, asked, q, k, v, causal, grad_out))
+
+
+@kinds
 def test_stays_exact_when_the_scores_are_far_too_large_for_exp(attempt, rng, kind):
     q, k, v, grad_out = make_inputs(rng)
     signs = torch.tensor([[-1.0], [1.0], [-1.0]])  # scores above 10⁴ in row 1, else below −10⁴
@@ -204,7 +221,7 @@ def test_stays_exact_when_the_scores_are_far_too_large_for_exp(attempt, rng, kin
 
 
 @kinds
-@pytest.mark.parametrize(("dtype", "size"), [(torch.float64, 1e5), (torch.float32, 1e10)])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float64, 1e45), (torch.float32, 1e10)])
 def test_sees_nothing_of_the_future_however_low_the_past_scores(attempt, rng, kind, dtype, size):
     q, k, v, grad_out = (x.to(dtype) for x in make_inputs(rng, 5))
     q = torch.full_like(q, size)
@@ -234,9 +251,13 @@ def test_takes_float16_whose_products_are_too_large_for_float16(attempt, rng, ki
 @kinds
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_rounds_to_the_dtype_of_its_inputs_after_the_softmax(attempt, rng, kind, dtype):
-    inputs = make_inputs(rng, 20, 20, batch=(2,))
+    inputs = make_inputs(rng, 20, 20, head_dim=5, batch=(2,))
     q, k, v, grad_out = (x.to(dtype) for x in inputs)
-    q, v = 6 * q, v / v.abs().amax()  # scores up to 40, which half a precision rounds by 1/16
+    q, v = 6 * q, v / v.abs().amax()
+    # Scores beyond 100, which half a precision rounds by up to 1/2, of parts that are larger still.
+    q[..., :3] = torch.tensor([15, 17, 16])
+    parts = torch.randint(-8, 8, (2, 20, 1), generator=rng)
+    k[..., :3] = torch.tensor([0, 0, 16]) + parts * torch.tensor([17, -15, 0])
 
     out, *_ = attempt(attend, kind, q, k, v, True, grad_out)
 
@@ -312,14 +333,15 @@ def test_gives_no_silently_wrong_second_derivative(attempt, rng, kind, causal):
     assert_close(second, "refused" if isinstance(second, str) else expected)
 
 
-def test_attention_keeps_one_tensor_of_weights(attempt, rng):
-    q, k, v, out = make_inputs(rng, 40, 30)
+@masks
+def test_attention_keeps_one_tensor_of_weights(attempt, rng, causal):
+    q, k, v, out = make_inputs(rng, 40, 40)
 
-    kept = attempt(keeps, "Attention", q, k, v, False)
+    kept = attempt(keeps, "Attention", q, k, v, causal)
 
-    bound = sum(x.nbytes for x in (q, k, v, out)) + 40 * 30 * 8
+    bound = sum(x.nbytes for x in (q, k, v, out)) + 40 * 40 * 8
     assert kept["saved"] <= bound, f"keeps {kept['saved']} bytes, needs no more than {bound}"
-    assert kept["on ctx"] <= 64, f"keeps {kept['on ctx']} bytes on ctx, past save_for_backward"
+    assert not kept["on ctx"], f"keeps {kept['on ctx']} on ctx, past save_for_backward"
 
 
 @masks
@@ -331,7 +353,7 @@ def test_recomputing_attention_keeps_nothing_that_grows_with_the_square(attempt,
 
         bound = sum(x.nbytes for x in (q, k, v, out)) + 4 * seq_len * 8
         assert kept["saved"] <= bound, f"keeps {kept['saved']} bytes, needs no more than {bound}"
-        assert kept["on ctx"] <= 64, f"keeps {kept['on ctx']} bytes on ctx, past save_for_backward"
+        assert not kept["on ctx"], f"keeps {kept['on ctx']} on ctx, past save_for_backward"
 
 
 @pytest.mark.parametrize(("kind", "n_products"), [("Attention", 4), ("RecomputingAttention", 5)])

@@ -47,7 +47,8 @@ def causal_mask(n):
 
 
 def build(ex, kind, weights, dropout=0.0, causal=False):
-    block = getattr(ex, kind)(D_MODEL, N_HEADS, D_FF, dropout, causal).double()
+    dtype = weights["norm_1.bias"].dtype
+    block = getattr(ex, kind)(D_MODEL, N_HEADS, D_FF, dropout, causal).to(dtype)
     own = {name: list(value.shape) for name, value in block.state_dict().items()}
     if own != {name: list(value.shape) for name, value in weights.items()}:
         raise AttributeError(f"the parameters must be {', '.join(weights)}, got {own}")
@@ -63,8 +64,8 @@ def output_with_dropout(ex, kind, weights, x, dropout, train):
     return build(ex, kind, weights, dropout).train(train)(x)
 
 
-def gradients(ex, kind, weights, x, mask, upstream):
-    block = build(ex, kind, weights)
+def gradients(ex, kind, weights, x, mask, upstream, train):
+    block = build(ex, kind, weights).train(train)
     block(x.requires_grad_(), mask).backward(upstream)
     return {name: p.grad for name, p in block.named_parameters()} | {"x": x.grad}
 
@@ -138,9 +139,9 @@ def test_feed_forward_widens_bends_and_narrows_each_position(attempt, rng, batch
 
 
 @kinds
-@pytest.mark.parametrize("seq_len", [1, 5, 8])
-def test_block_is_the_encoder_layer_of_torch(attempt, rng, kind, seq_len):
-    weights, x = make_weights(rng), draw(rng, BATCH, seq_len, D_MODEL)
+@pytest.mark.parametrize(("seq_len", "batch"), [(1, 2), (5, 1), (8, 3)])
+def test_block_is_the_encoder_layer_of_torch(attempt, rng, kind, seq_len, batch):
+    weights, x = make_weights(rng), draw(rng, batch, seq_len, D_MODEL)
 
     out = attempt(output, kind, weights, x)
 
@@ -160,19 +161,38 @@ def test_block_hands_its_mask_to_the_attention(attempt, rng, kind, shape):
 
 
 @kinds
-def test_block_can_be_causal(attempt, rng, kind):
+@pytest.mark.parametrize("masked", [False, True], ids=["without mask", "with padding"])
+def test_block_can_be_causal(attempt, rng, kind, masked):
     weights, x = make_weights(rng), draw(rng, BATCH, SEQ_LEN, D_MODEL)
+    mask = torch.rand(BATCH, 1, 1, SEQ_LEN, generator=rng) < 0.5
+    mask[..., 0] = True
 
-    out = attempt(output, kind, weights, x, causal=True)
+    out = attempt(output, kind, weights, x, mask if masked else None, causal=True)
 
-    assert_close(out, expected_from(oracle(kind, weights), x, causal_mask(SEQ_LEN)))
+    past = causal_mask(SEQ_LEN)
+    assert_close(out, expected_from(oracle(kind, weights), x, past & mask if masked else past))
 
 
 @kinds
-def test_block_sends_gradients_to_every_weight_and_to_x(attempt, rng, kind):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_block_keeps_the_dtype_of_its_input(attempt, rng, kind, dtype):
+    weights = {name: w.to(dtype) for name, w in make_weights(rng).items()}
+    x = draw(rng, BATCH, SEQ_LEN, D_MODEL).to(dtype)
+
+    out = attempt(output, kind, weights, x)
+
+    layer = oracle(kind, {name: w.double() for name, w in weights.items()})
+    # A dozen sums in a row, of numbers up to 10, each rounded to an eps.
+    tolerance = 64 * torch.finfo(dtype).eps
+    assert_close(out, expected_from(layer, x.double()).to(dtype), rtol=0.0, atol=tolerance)
+
+
+@kinds
+@pytest.mark.parametrize("train", [True, False], ids=["train mode", "eval mode"])
+def test_block_sends_gradients_to_every_weight_and_to_x(attempt, rng, kind, train):
     weights, x, upstream = make_weights(rng), *draw(rng, 2, BATCH, SEQ_LEN, D_MODEL)
 
-    grads = attempt(gradients, kind, weights, x, causal_mask(SEQ_LEN), upstream)
+    grads = attempt(gradients, kind, weights, x, causal_mask(SEQ_LEN), upstream, train)
 
     layer = oracle(kind, weights)
     expected_from(layer, x.requires_grad_(), causal_mask(SEQ_LEN)).backward(upstream)

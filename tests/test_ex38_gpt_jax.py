@@ -227,12 +227,12 @@ def single(tensor):
 
 
 def with_very_low_scores(params):
-    """The same, but all scores lie below −10¹², lower than those of empty slots, and far apart."""
+    """The same, but all scores lie below −10³⁰, lower than those of empty slots, and far apart."""
     params = jax.tree.map(np.copy, params)
     c_attn, d = params["h"]["attn"]["c_attn"], SIZES["d_model"]
     c_attn["weight"][:, :, : 2 * d] = 0.0
-    c_attn["weight"][:, 0, d : 2 * d] = 1e6
-    c_attn["bias"][:, :d], c_attn["bias"][:, d : 2 * d] = 1e6, -8e6
+    c_attn["weight"][:, 0, d : 2 * d] = 1e15
+    c_attn["bias"][:, :d], c_attn["bias"][:, d : 2 * d] = 1e15, -8e15
     return params
 
 

@@ -73,7 +73,7 @@ def loss_of(ex, mlm_logits, nsp_logits, labels, followed):
 
 def attend(ex, weights, x, mask):
     """One attention layer that bears these weights."""
-    layer = ex.Attention(ex.BertConfig(**SIZES)).double()
+    layer = ex.Attention(ex.BertConfig(**SIZES)).to(x.dtype)
     layer.load_state_dict(weights)
     return layer(x, mask)
 
@@ -113,13 +113,21 @@ def sentence_vectors(ex, seed, tokens, mask):
     return ex.embed_sentences(build(ex, seed), tokens, mask)
 
 
+def gradient_through_vectors(ex, seed, tokens, mask, direction):
+    """Of the word embeddings, and whether the model is still in train mode."""
+    model = build(ex, seed).train()
+    ex.embed_sentences(model, tokens, mask).backward(direction)
+    return dict(model.named_parameters())["embeddings.word_embeddings.weight"].grad, model.training
+
+
 def read_from_folder(ex, sizes, weights, tokens):
     """Write a config and weights, read them, and run the model."""
     with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         Path(folder, "config.json").write_text(json.dumps(sizes))
         save_file(weights, Path(folder, "model.safetensors"))
         model = ex.from_pretrained(folder)
-    return asdict(model.config), model.double()(tokens)
+    trains = all(p.requires_grad for p in model.parameters())
+    return asdict(model.config), model.double()(tokens), trains
 
 
 def read_minilm(ex, folder, tokens, mask):
@@ -201,9 +209,9 @@ def real(lengths=LENGTHS, seq_len=7):
 # --- the encoder ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seq_len", [1, 7, 13])
-def test_gives_the_hidden_states_of_bert(attempt, rng, seq_len):
-    seed, (tokens, _) = draw_seed(rng), make_texts(rng, seq_len=seq_len)
+@pytest.mark.parametrize(("seq_len", "batch"), [(1, 3), (7, 1), (13, 2)])
+def test_gives_the_hidden_states_of_bert(attempt, rng, seq_len, batch):
+    seed, (tokens, _) = draw_seed(rng), make_texts(rng, batch, seq_len)
 
     out = attempt(hidden_states, seed, tokens)
 
@@ -241,7 +249,8 @@ def test_gives_the_same_whatever_stands_at_padding(attempt, seen, seed):
     assert_close(out[0, mask[0]], out[1, mask[1]])
 
 
-def test_gives_the_one_token_that_is_real_all_the_weight_however_low_it_scores(attempt, rng):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_gives_the_one_token_that_is_real_all_the_weight_however_low_it_scores(attempt, rng, dtype):
     d_model, n = SIZES["d_model"], 4
     x = torch.randn(n, n, d_model, generator=rng, dtype=torch.float64)
     matrix, bias = (
@@ -258,10 +267,12 @@ def test_gives_the_one_token_that_is_real_all_the_weight_however_low_it_scores(a
         "output.LayerNorm.weight": bias + 1, "output.LayerNorm.bias": bias,
     }  # fmt: skip
 
-    out = attempt(attend, weights, x, seen)
+    out = attempt(attend, {n: w.to(dtype) for n, w in weights.items()}, x.to(dtype), seen)
 
     added = ((x[seen] @ matrix.mT + 1) @ matrix)[:, None]  # all queries get the same
-    assert_close(out, F.layer_norm(x + added, (d_model,), eps=SIZES["norm_eps"]))
+    expected = F.layer_norm(x + added, (d_model,), eps=SIZES["norm_eps"])
+    # In float32, 24 products of 24 sums of 24: an error of about 100 eps.
+    assert_close(out, expected.to(dtype), atol=1e-10 if dtype == torch.float64 else 2e-5)
 
 
 def test_takes_token_0_for_a_token_like_any_other(attempt, rng):
@@ -398,6 +409,16 @@ def test_chooses_each_token_whatever_becomes_of_the_others(attempt):
     assert set(found) == {0, 1, 2}, f"of two tokens, {sorted(set(found))} were chosen in 80 calls"
 
 
+@pytest.mark.parametrize("rate", [0.0, 1.0])
+@pytest.mark.parametrize("shape", [(300,), (4, 15, 5)], ids=["one text", "three axes"])
+def test_chooses_none_at_rate_0_and_all_that_are_not_special_at_rate_1(attempt, rng, rate, shape):
+    tokens, special = (x.flatten()[:300].view(shape) for x in make_rows(rng, 1))
+
+    labels = attempt(masked, tokens, special, MASK, VOCAB_SIZE, 3, rate)["labels"]
+
+    assert_close(labels, torch.where(special | (rate == 0), -100, tokens))
+
+
 def test_masks_8_of_10_and_replaces_1_and_keeps_1(attempt, rng):
     tokens, special = make_rows(rng)
 
@@ -457,12 +478,25 @@ def mean_of_tokens(hidden, mask):
 
 
 def test_gives_a_text_the_mean_of_its_tokens(attempt, rng):
-    seed, (tokens, _) = draw_seed(rng), make_texts(rng)
-    mask = real()
+    seed, (tokens, _) = draw_seed(rng), make_texts(rng, seq_len=13)
+    mask = real(torch.tensor([4, 13, 1]), 13)
 
     out = attempt(sentence_vectors, seed, tokens, mask)
 
     assert_close(out, mean_of_tokens(oracle(seed)(tokens, mask).last_hidden_state, mask))
+
+
+def test_can_be_trained_by_the_vectors_of_texts(attempt, rng):
+    seed, (tokens, _) = draw_seed(rng), make_texts(rng)
+    mask = real()
+    direction = torch.randn(3, SIZES["d_model"], generator=rng, dtype=torch.float64)
+
+    gradient, in_train_mode = attempt(gradient_through_vectors, seed, tokens, mask, direction)
+
+    model = oracle(seed)
+    mean_of_tokens(model(tokens, mask).last_hidden_state, mask).backward(direction)
+    assert_close(gradient, model.embeddings.word_embeddings.weight.grad)
+    assert in_train_mode, "the model must stay in train mode, it is in eval mode"
 
 
 def stored(seed, layout):
@@ -479,10 +513,11 @@ def test_reads_the_files_of_a_released_model(attempt, rng, layout):
     seed, (tokens, _) = draw_seed(rng), make_texts(rng)
     sizes, weights = stored(seed, layout)
 
-    config, out = attempt(read_from_folder, sizes, weights, tokens)
+    config, out, trains = attempt(read_from_folder, sizes, weights, tokens)
 
     model = oracle(seed, layout == "with_heads", torch.float32)
     model = model.bert if layout == "with_heads" else model
+    assert trains, "some of what was read asks for no gradient"
     assert_close(config, SIZES)
     assert_close(out, model(tokens).last_hidden_state)
 
@@ -491,14 +526,17 @@ def test_reads_the_files_of_a_released_model(attempt, rng, layout):
     ("name", "error"),
     [
         ("encoder.layer.1.output.dense.bias", RuntimeError),
+        ("pooler.dense.weight", RuntimeError),
         ("encoder.layer.2.output.dense.bias", RuntimeError),
+        ("classifier.weight", RuntimeError),
         ("relu", ValueError),
+        ("gelu_new", ValueError),
     ],
-    ids=["missing", "unknown", "hidden_act"],
+    ids=["missing", "no pooler", "unknown", "unknown head", "hidden_act", "its tanh form"],
 )
 def test_refuses_a_file_that_it_would_misread(attempt, rng, name, error):
     sizes, weights = stored(draw_seed(rng), "plain")
-    if name == "relu":
+    if error is ValueError:
         sizes["hidden_act"] = name
     elif name in weights:
         del weights[name]
