@@ -48,7 +48,8 @@ def apply_partial_rope(x: Tensor, positions: Tensor, frequencies: Tensor) -> Ten
 
     x:           (..., seq_len, head_dim) floating, queries or keys
     positions:   (..., seq_len) integer, as apply_rope_half takes them
-    frequencies: (rotary_dim // 2,) float64, radians per position; rotary_dim is at most head_dim
+    frequencies: (rotary_dim // 2,) float64, radians per position; rotary_dim is from 0 to
+                 head_dim
     returns:     like x. The pairs are the two halves of the first rotary_dim features.
     """
     raise NotImplementedError("exercise 49 is not written yet")
@@ -92,8 +93,8 @@ class Phi(nn.Module):
     def __init__(self, config: PhiConfig) -> None:
         """Make the parts.
 
-        Raises ValueError unless d_model is a multiple of n_heads, and rotary_dim even and at most
-        head_dim. The message gives the two that do not fit, or the odd one.
+        Raises ValueError unless d_model is a multiple of n_heads, and rotary_dim even and from 0 to
+        head_dim. The message gives the two that do not fit, or the odd or negative one.
         """
         super().__init__()
         raise NotImplementedError("exercise 49 is not written yet")
@@ -104,6 +105,7 @@ class Phi(nn.Module):
         ids:     (batch, seq_len) int64
         returns: (batch, seq_len, vocab_size) logits, dtype of the weights
 
-        The angles stay exact when the model is cast to bfloat16.
+        In a model of float64 all is computed in float64. The angles stay exact when the model is
+        cast to bfloat16. The softmax may be taken in the dtype of the weights or in a wider one.
         """
         raise NotImplementedError("exercise 49 is not written yet")

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 def copy_to_model_parallel_region(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Let every rank of the group use x, which is the same on all of them.
 
-    x:       any shape
+    x:       any shape and strides
     group:   the ranks that share the work; None stands for all ranks
     returns: x's values; the gradient that reaches x through them is summed over the group
 
@@ -40,7 +40,8 @@ def copy_to_model_parallel_region(x: Tensor, group: dist.ProcessGroup | None = N
 def reduce_from_model_parallel_region(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Add up what the ranks of the group have computed.
 
-    x:       any shape, the same on every rank; each rank holds other values
+    x:       any shape, the same on every rank; each rank holds other values, and may
+             hold them with other strides
     group:   the ranks that share the work; None stands for all ranks
     returns: the sum over the group, on every rank; its gradient goes to x as it comes
 
@@ -58,9 +59,9 @@ class ColumnParallelLinear(nn.Module):
 
     Rank r of n keeps the r-th of n equal pieces, as the parameters
         `weight`: (out_features / n, in_features) and `bias`: (out_features / n,) or None
-    in the dtype and on the device of what it was given. The piece is a copy, so the whole weight
-    can be freed. If n does not divide out_features: ValueError, which
-    gives that.
+    in the dtype and on the device of what it was given. Both are copies, so the whole weight
+    can be freed, and training leaves it as it was. If n does not divide out_features: ValueError,
+    which gives out_features.
 
     forward: x (..., in_features), the same on every rank -> (..., out_features / n), this rank's
     own features. No communication; in backward one all-reduce gives x its whole gradient.
@@ -82,10 +83,10 @@ class RowParallelLinear(nn.Module):
     bias:    (out_features,), whole, or None
     group:   the ranks that share the work; None stands for all ranks
 
-    Rank r of n keeps the r-th of n equal pieces, as the parameter
-        `weight`: (out_features, in_features / n), a copy,
-    and the whole `bias`: (out_features,) or None. If n does not divide in_features: ValueError,
-    which gives that.
+    Rank r of n keeps the r-th of n equal pieces and the whole bias, as the parameters
+        `weight`: (out_features, in_features / n) and `bias`: (out_features,) or None
+    in the dtype and on the device of what it was given, both copies. If n does not divide
+    in_features: ValueError, which gives in_features.
 
     forward: x (..., in_features / n), this rank's own features -> (..., out_features), whole, the
     same on every rank. One all-reduce; in backward no communication. Every rank ends up with the
@@ -109,10 +110,12 @@ class TensorParallelMLP(nn.Module):
     group:       the ranks that share the work; None stands for all ranks
 
     Its parts are `up`, a ColumnParallelLinear, and `down`, a RowParallelLinear. If the number of
-    ranks does not divide d_ff: ValueError.
+    ranks does not divide d_ff: ValueError, which gives d_ff.
 
     forward: x (..., d_model) -> (..., d_model), both the same on every rank. One all-reduce of an
-    output's size in forward, one of an input's size in backward, and nothing else.
+    output's size in forward, one of an input's size in backward, and nothing else. The latter may
+    be left out where x needs no gradient, both where there is one rank. In 16 bits the ranks' sum
+    may be taken in these or in more; the result has the dtype of x.
     """
 
     def __init__(

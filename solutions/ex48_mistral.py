@@ -39,7 +39,8 @@ class RollingKVCache:
 
     window:       how many slots it has
     length:       how many tokens came so far, the forgotten ones too; 0 at first
-    keys, values: (batch, n_kv_heads, window, head_dim), token t in slot t mod window
+    keys, values: (batch, n_kv_heads, window, head_dim), token t in slot t mod window, always
+                  the same memory
     """
 
     def __init__(
@@ -61,11 +62,13 @@ class RollingKVCache:
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Put n_new tokens into their slots, and give all that these tokens may look at.
 
-        k, v:    (batch, n_kv_heads, n_new, head_dim), n_new from 1 to more than window
+        k, v:    (batch, n_kv_heads, n_new, head_dim), n_new from 1 to more than window, dtype of
+                 the cache
         returns: keys, values, each (batch, n_kv_heads, n_keys, head_dim), and their positions,
                  (n_keys,) int64. They hold whatever a new token has in its window, each token
                  once, in any order; further tokens may be among them, but n_keys is at most
-                 window + n_new. Of more than window new tokens the last ones stay.
+                 window + n_new. Of more than window new tokens the last ones stay. The results
+                 may be views of the slots, which the next call writes to.
         """
         # solution
         start, end = self.length, self.length + k.shape[-2]
@@ -112,11 +115,13 @@ class SlidingWindowAttention(GroupedQueryAttention):
 
         x:       (batch, n_new, d_model)
         cache:   the tokens before, which x joins; None: x is the whole text, nothing is kept
-        returns: (batch, n_new, d_model)
+        returns: (batch, n_new, d_model), dtype of x
 
         Tokens stand in the order they came, the first one at position 0. Queries and keys are
-        turned by apply_rope_half, with the base rope_theta. A cache whose window is not that of
-        the layer raises ValueError, which names both: it would forget too early, or too late.
+        turned by apply_rope_half, with the base rope_theta and angles in float64, whatever the
+        dtype of x. A cache whose window is not that of the layer raises ValueError, which names
+        both, and stays as it was: it would forget too early, or too late. Gradients need not flow
+        through a cache.
         """
         # solution
         if cache is not None and cache.window != self.window:
@@ -150,7 +155,7 @@ def prefill(
     """Bring a prompt through a layer in chunks, so that the scores of one chunk fit in memory.
 
     layer:      maps a chunk (batch, n_new, d_model) and the cache to (batch, n_new, d_model)
-    x:          (batch, seq_len, d_model)
+    x:          (batch, seq_len, d_model), the tokens after those that are in the cache
     chunk_size: how many tokens the layer gets at once; only the last chunk may be shorter
     returns:    (batch, seq_len, d_model), what one call for all would give
     """

@@ -1,11 +1,12 @@
 """Specs for exercise 48: Mistral's sliding window and its rolling cache."""
 
 import math
+from contextlib import suppress
 from itertools import accumulate
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,8 +16,8 @@ from kata.testing import assert_close
 pytestmark = pytest.mark.cpu
 
 BATCH, N_HEADS, N_KV_HEADS, HEAD_DIM, WINDOW, THETA = 2, 6, 3, 4, 5, 30.0
+SIZES = N_HEADS, N_KV_HEADS, HEAD_DIM
 D_MODEL = N_HEADS * HEAD_DIM
-PROJECTIONS = {"q_proj": N_HEADS, "k_proj": N_KV_HEADS, "v_proj": N_KV_HEADS, "o_proj": N_HEADS}
 
 
 # --- what is done with the code under test -------------------------------------------------------
@@ -26,23 +27,38 @@ def mask(ex, q_positions, k_positions, window):
     return ex.window_mask(q_positions, k_positions, window)
 
 
-def new_cache(ex, batch, window, dtype=torch.float64):
-    return ex.RollingKVCache(batch, N_KV_HEADS, window, HEAD_DIM, dtype=dtype)
+def new_cache(ex, batch, window, dtype=torch.float64, sizes=SIZES):
+    _, n_kv_heads, head_dim = sizes
+    return ex.RollingKVCache(batch, n_kv_heads, window, head_dim, dtype=dtype)
 
 
-def new_layer(ex, weights, window):
-    layer = ex.SlidingWindowAttention(D_MODEL, N_HEADS, N_KV_HEADS, window, THETA)
+def new_layer(ex, weights, window, sizes=SIZES):
+    n_heads, n_kv_heads, head_dim = sizes
+    layer = ex.SlidingWindowAttention(n_heads * head_dim, n_heads, n_kv_heads, window, THETA)
     layer = layer.to(weights["q_proj.weight"].dtype)
     layer.load_state_dict(weights)
     return layer
 
 
-def attend(ex, weights, x, window, chunks):
+def attend(ex, weights, x, window, chunks, sizes=SIZES):
     """A text in chunks through one cache: all results in a row, and the cache's length after it."""
-    layer, cache = new_layer(ex, weights, window), new_cache(ex, len(x), window)
+    layer = new_layer(ex, weights, window, sizes)
+    cache = new_cache(ex, len(x), window, x.dtype, sizes)
     with torch.no_grad():
         outs = [layer(chunk, cache) for chunk in x.split(chunks, dim=1)]
     return torch.cat(outs, dim=1), cache.length
+
+
+def attend_again(ex, weights, texts):
+    """One layer reads several texts, each with and without a cache, in bfloat16 and in float64."""
+    layer, outs = new_layer(ex, weights, WINDOW), []
+    with torch.no_grad():
+        for x in texts:
+            layer.bfloat16()(x.bfloat16())
+            layer.double()  # the weights are whole numbers of 1/8, which bfloat16 has
+            caches = [new_cache(ex, len(x), WINDOW) for _ in range(2)]
+            outs += [layer(x), *(layer(x, cache) for cache in caches)]
+    return outs
 
 
 def attend_without_cache(ex, weights, x, grad):
@@ -64,6 +80,25 @@ def attend_after_reset(ex, weights, first, second, chunks):
 
 def attend_with_another_window(ex, weights, x, window):
     return new_layer(ex, weights, WINDOW)(x, new_cache(ex, len(x), window))
+
+
+def length_after_another_window(ex, weights, x, window):
+    cache = new_cache(ex, len(x), window)
+    with suppress(ValueError):
+        new_layer(ex, weights, WINDOW)(x, cache)
+    return cache.length
+
+
+def memory(ex, k, chunks):
+    """Where keys and values stand, at first, after each chunk, and after a reset and one more."""
+    cache = ex.RollingKVCache(len(k), N_KV_HEADS, WINDOW, HEAD_DIM)
+    found = [(cache.keys.data_ptr(), cache.values.data_ptr())]
+    for new in k.split(chunks, dim=2):
+        cache.append(new, new)
+        found.append((cache.keys.data_ptr(), cache.values.data_ptr()))
+    cache.reset()
+    cache.append(k, k)
+    return [*found, (cache.keys.data_ptr(), cache.values.data_ptr())], str(cache.keys.dtype)
 
 
 def append(ex, k, v, window, chunks):
@@ -92,10 +127,11 @@ def cost_of_a_step(ex, weights, x, window):
     return out, counter.get_total_flops(), reserved.bytes, of_append.bytes
 
 
-def prefill(ex, weights, x, chunk_size, n_decoded):
-    """A prompt by prefill, the rest token by token; and how many tokens prefill gave at once."""
+def prefill(ex, weights, x, chunk_size, n_before, n_decoded):
+    """A beginning, a prompt by prefill, and the rest token by token; what prefill gave at once."""
     layer, cache = new_layer(ex, weights, WINDOW), new_cache(ex, len(x), WINDOW)
-    prompt, *tokens = x.split([x.shape[1] - n_decoded, *[1] * n_decoded], dim=1)
+    n_prompt = x.shape[1] - n_before - n_decoded
+    before, prompt, *tokens = x.split([n_before, n_prompt, *[1] * n_decoded], dim=1)
     sizes = []
 
     def noted(chunk, cache):
@@ -103,8 +139,8 @@ def prefill(ex, weights, x, chunk_size, n_decoded):
         return layer(chunk, cache)
 
     with torch.no_grad():
-        out = ex.prefill(noted, prompt, cache, chunk_size)
-        outs = [out, *(layer(token, cache) for token in tokens)]
+        outs = [layer(before, cache), ex.prefill(noted, prompt, cache, chunk_size)]
+        outs += [*(layer(token, cache) for token in tokens)]
     return torch.cat(outs, dim=1), sizes
 
 
@@ -171,28 +207,30 @@ def randn(rng, *shape, dtype=torch.float64):
     return torch.randn(*shape, generator=rng, dtype=dtype)
 
 
-def weights_of_a_layer():
-    shapes = {name: (n * HEAD_DIM, D_MODEL) for name, n in PROJECTIONS.items()}
-    return {f"{name}.weight": shape for name, shape in shapes.items()}
+def weights_of_a_layer(sizes=SIZES):
+    n_heads, n_kv_heads, head_dim = sizes
+    heads = {"q_proj": n_heads, "k_proj": n_kv_heads, "v_proj": n_kv_heads, "o_proj": n_heads}
+    return {f"{name}.weight": (n * head_dim, n_heads * head_dim) for name, n in heads.items()}
 
 
-def random_weights(rng):
+def random_weights(rng, sizes=SIZES):
     """Large enough that scores differ, and with them the weights of the values."""
-    return {name: 0.4 * randn(rng, *shape) for name, shape in weights_of_a_layer().items()}
+    return {name: 0.4 * randn(rng, *shape) for name, shape in weights_of_a_layer(sizes).items()}
 
 
-def full_cache(weights, x, window):
+def full_cache(weights, x, window, sizes=SIZES):
     """The definition: every key is kept, turned as complex numbers, and a mask hides most."""
+    n_heads, n_kv_heads, head_dim = sizes
     q, k, v = (
-        (x @ weights[f"{name}.weight"].mT).unflatten(-1, (-1, HEAD_DIM)).transpose(1, 2)
+        (x @ weights[f"{name}.weight"].mT).unflatten(-1, (-1, head_dim)).transpose(1, 2)
         for name in ("q_proj", "k_proj", "v_proj")
     )
-    half, n = HEAD_DIM // 2, x.shape[1]
-    frequencies = torch.tensor([1.0, THETA**-0.5], dtype=torch.float64)
+    half, n = head_dim // 2, x.shape[1]
+    frequencies = THETA ** (-torch.arange(half, dtype=torch.float64) / half)
     turns = torch.exp(1j * torch.arange(n)[:, None] * frequencies)
     q, k = (torch.complex(y[..., :half], y[..., half:]) * turns for y in (q, k))
-    k, v = (y.repeat_interleave(N_HEADS // N_KV_HEADS, dim=1) for y in (k, v))
-    scores = (q @ k.mH).real / math.sqrt(HEAD_DIM)
+    k, v = (y.repeat_interleave(n_heads // n_kv_heads, dim=1) for y in (k, v))
+    scores = (q @ k.mH).real / math.sqrt(head_dim)
     seen = torch.ones(n, n, dtype=torch.bool).tril().triu(1 - window)
     out = torch.softmax(scores.masked_fill(~seen, -math.inf), dim=-1) @ v
     return out.transpose(1, 2).flatten(2) @ weights["o_proj.weight"].mT
@@ -246,8 +284,10 @@ def mistral_shapes():
 
 
 @pytest.mark.parametrize("window", [1, 4, 30])
-def test_a_window_ends_with_the_token_itself(attempt, window):
-    q_positions, k_positions = torch.tensor([7, 0, 12]), torch.tensor([8, 3, 7, 0, 12, 4, 9])
+@pytest.mark.parametrize("start", [0, 2**40 - 6])
+def test_a_window_ends_with_the_token_itself(attempt, start, window):
+    q_positions = start + torch.tensor([7, 0, 12])
+    k_positions = start + torch.tensor([8, 3, 7, 0, 12, 4, 9])
 
     seen = attempt(mask, q_positions, k_positions, window)
 
@@ -255,22 +295,36 @@ def test_a_window_ends_with_the_token_itself(attempt, window):
     assert_close(seen, torch.tensor(expected))
 
 
-@pytest.mark.parametrize("n_prompt", [3, 5, 6, 17])
-def test_reads_a_prompt_and_goes_on_as_with_a_full_cache(attempt, rng, n_prompt):
+@pytest.mark.parametrize(
+    ("n_prompt", "window"), [(3, WINDOW), (5, WINDOW), (6, WINDOW), (17, WINDOW), (3, 1), (3, 40)]
+)
+def test_reads_a_prompt_and_goes_on_as_with_a_full_cache(attempt, rng, n_prompt, window):
     weights, x = random_weights(rng), randn(rng, BATCH, n_prompt + 12, D_MODEL)
 
-    out, length = attempt(attend, weights, x, WINDOW, [n_prompt, *[1] * 12])
+    out, length = attempt(attend, weights, x, window, [n_prompt, *[1] * 12])
 
-    assert_close(out, full_cache(weights, x, WINDOW))
+    assert_close(out, full_cache(weights, x, window))
     assert length == n_prompt + 12
 
 
-@settings(max_examples=12, phases=[Phase.generate])  # as small as they come
+@pytest.mark.parametrize("sizes", [(1, 1, 6), (4, 4, 2), (3, 1, 10)])
+def test_takes_heads_of_any_number_and_size(attempt, rng, sizes):
+    n_heads, _, head_dim = sizes
+    weights, x = random_weights(rng, sizes), randn(rng, BATCH, 9, n_heads * head_dim)
+
+    out, _ = attempt(attend, weights, x, WINDOW, [4, 1, 4], sizes)
+
+    assert_close(out, full_cache(weights, x, WINDOW, sizes))
+
+
+@settings(max_examples=12, phases=[Phase.explicit, Phase.generate])  # as small as they come
 @given(
     window=st.integers(1, 6),
     chunks=st.lists(st.integers(1, 8), min_size=1, max_size=3),
     seed=st.integers(0, 999),
 )
+@example(window=1, chunks=[3, 1, 2], seed=0)
+@example(window=3, chunks=[7, 8, 1], seed=0)
 def test_takes_a_text_in_chunks_of_any_size(attempt, window, chunks, seed):
     rng = torch.Generator().manual_seed(seed)
     weights, x = random_weights(rng), randn(rng, 1, sum(chunks), D_MODEL)
@@ -309,6 +363,47 @@ def test_gives_new_tokens_all_that_their_windows_hold(attempt, rng):
         assert len(set(positions.tolist())) == len(positions), "a token is there twice"
         assert len(positions) <= WINDOW + n_new
         assert_close([keys, values], [k[:, :, positions], v[:, :, positions]])
+
+
+def test_keeps_the_memory_that_it_reserved(attempt, rng):
+    k = randn(rng, BATCH, N_KV_HEADS, 13, HEAD_DIM, dtype=torch.float32)
+
+    places, dtype = attempt(memory, k, [WINDOW, 1, 7])
+
+    assert places == places[:1] * 5, "keys or values stand in other memory than at first"
+    assert dtype == "torch.float32"
+
+
+def test_gives_the_same_however_often_it_is_called(attempt, rng):
+    weights = {name: (8 * w).round() / 8 for name, w in random_weights(rng).items()}
+    texts = [randn(rng, batch, n, D_MODEL) for batch, n in ((2, 7), (1, 12), (3, 4))]
+
+    outs = attempt(attend_again, weights, texts)
+
+    assert_close(outs, [full_cache(weights, x, WINDOW) for x in texts for _ in range(3)])
+
+
+def test_keeps_exact_angles_in_bfloat16(attempt, rng):
+    weights, x = random_weights(rng), randn(rng, 1, 600, D_MODEL)
+    coarse = {name: weight.bfloat16() for name, weight in weights.items()}
+
+    out, _ = attempt(attend, coarse, x.bfloat16(), WINDOW, [590, *[1] * 10])
+
+    expected = full_cache(weights, x, WINDOW)
+    error = (out.double() - expected)[:, 300:].square().mean().sqrt() / expected.std()
+    assert out.dtype == torch.bfloat16
+    assert error < 0.03, f"off by {error:.3f} standard deviations at positions from 300 on"
+
+
+@pytest.mark.parametrize("size", [1e3, 1e6])
+def test_lets_a_token_see_itself_however_low_it_scores(attempt, rng, size):
+    weights, x = random_weights(rng, (2, 2, 4)), randn(rng, BATCH, 6, 8)
+    weights["k_proj.weight"] *= size
+    weights["q_proj.weight"] = -weights["k_proj.weight"]
+
+    out, _ = attempt(attend, weights, x, 1, [4, 2], (2, 2, 4))
+
+    assert_close(out, x @ weights["v_proj.weight"].mT @ weights["o_proj.weight"].mT)
 
 
 def test_attends_and_learns_without_a_cache(attempt, rng):
@@ -355,10 +450,10 @@ def test_a_step_late_in_a_text_costs_what_the_window_costs(attempt, rng):
 def test_prefills_in_chunks_what_one_call_would_give(attempt, rng, chunk_size):
     weights, x = random_weights(rng), randn(rng, BATCH, 19, D_MODEL)
 
-    out, sizes = attempt(prefill, weights, x, chunk_size, 2)
+    out, sizes = attempt(prefill, weights, x, chunk_size, 3, 2)
 
     assert_close(out, full_cache(weights, x, WINDOW))
-    assert sizes == [min(chunk_size, 17 - start) for start in range(0, 17, chunk_size)]
+    assert sizes == [min(chunk_size, 14 - start) for start in range(0, 14, chunk_size)]
 
 
 @pytest.mark.parametrize("window", [4, 6])
@@ -367,6 +462,14 @@ def test_rejects_a_cache_of_another_window(attempt, rng, window):
 
     with pytest.raises(ValueError, match=rf"{WINDOW}\D+{window}|{window}\D+{WINDOW}"):
         attempt(attend_with_another_window, weights, x, window)
+
+
+def test_leaves_a_cache_of_another_window_as_it_was(attempt, rng):
+    weights, x = random_weights(rng), randn(rng, BATCH, 3, D_MODEL)
+
+    length = attempt(length_after_another_window, weights, x, WINDOW + 1)
+
+    assert length == 0
 
 
 def test_makes_mistral_say_what_it_says_in_transformers(attempt, rng):
