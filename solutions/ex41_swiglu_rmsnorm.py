@@ -69,6 +69,8 @@ class SwiGLU(nn.Module):
 
         x:       (..., d_model), in the dtype of the weights
         returns: same shape and dtype
+
+        Gates of any size give finite results and gradients: exp(−z) may overflow on the way.
         """
         # solution
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))

@@ -62,7 +62,7 @@ class GroupedQueryAttention(nn.Module):
     """
 
     def __init__(self, d_model: int, n_heads: int, n_kv_heads: int) -> None:
-        """Make the four projections.
+        """Make the four projections. How they start is up to you.
 
         Raises ValueError unless d_model is a multiple of n_heads, and n_heads of n_kv_heads. The
         message gives the two that do not fit.

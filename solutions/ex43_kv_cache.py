@@ -85,9 +85,10 @@ def attend_with_cache(
     returns:     (batch, n_heads, n_new, head_dim), dtype of q
 
     Tokens stand in the order they came, the first one at position 0, and angles are float64,
-    whatever the dtype of q. Scores of any size give finite results. No query sees padding, where
-    anything finite may stand. The result of a query that is padding itself means nothing, but
-    must be finite: a NaN would reach every token through the next layer, since 0 · NaN is NaN.
+    whatever the dtype of q. Scores of any size that q's dtype can hold give finite results. No
+    query sees padding, where anything finite may stand. The result of a query that is padding
+    itself means nothing, but must be finite, and so must the gradients: a NaN would reach every
+    token through the next layer, since 0 · NaN is NaN.
     """
     # solution
     start = cache.length if cache is not None else 0

@@ -144,7 +144,8 @@ def attend_with_rope(
     returns:          (batch, n_heads, seq_len, head_dim), dtype of q
 
     Angles are float64, whatever the dtype of q, as apply_rope_half takes them. Scores of any size
-    give finite results. Any scaled dot-product attention may be used, torch's too.
+    that q's dtype can hold give finite results. Any scaled dot-product attention may be used,
+    torch's too.
     """
     # solution
     positions = torch.arange(q.shape[-2], device=q.device)

@@ -34,6 +34,7 @@ def normalise_in_turn(ex, calls):
 
 def fresh_norm(ex, x):
     norm = ex.RMSNorm(x.shape[-1])
+    ex.RMSNorm(x.shape[-1], 2.0)  # another one, which is none of its business
     return norm.state_dict(), norm(x)
 
 
@@ -49,6 +50,16 @@ def feed_forward(ex, x, weights):
     module = ex.SwiGLU(d_model, d_ff).to(x.dtype)
     module.load_state_dict(weights)
     return module(x)
+
+
+def feed_forward_in_turn(ex, calls):
+    """One feed-forward part for each (x, weights) of the calls."""
+    d_ff, d_model = calls[0][1]["gate_proj.weight"].shape
+    module, outs = ex.SwiGLU(d_model, d_ff), []
+    for x, weights in calls:
+        module.to(x.dtype).load_state_dict(weights)
+        outs.append(module(x))
+    return outs
 
 
 def feed_forward_gradients(ex, x, weights, upstream):
@@ -203,10 +214,15 @@ def test_norm_rejects_vectors_of_another_width(attempt, d_model, width):
 
 
 @settings(max_examples=15)
-@given(scale=st.floats(0.01, 100), d_model=st.integers(1, 6), seed=st.integers(0, 999))
-def test_norm_gives_a_vector_of_any_size_the_same_result(attempt, scale, d_model, seed):
+@given(
+    scale=st.floats(0.01, 100),
+    shape=st.sampled_from([(), (0,), (1,), (2, 3)]),
+    d_model=st.integers(1, 6),
+    seed=st.integers(0, 999),
+)
+def test_norm_gives_a_vector_of_any_size_the_same_result(attempt, scale, shape, d_model, seed):
     rng = torch.Generator().manual_seed(seed)
-    x, weight = randn(rng, seed % 4, d_model), randn(rng, d_model)
+    x, weight = randn(rng, *shape, d_model), randn(rng, d_model)
 
     out = attempt(normalise, scale * x, weight, 0.0)
 
@@ -233,8 +249,9 @@ def test_feed_forward_opens_and_closes_gates_of_any_size(attempt, rng):
     assert_close(out, llama_mlp(weights)(x).detach(), rtol=1e-10)
 
 
-def test_feed_forward_learns_as_llama_does(attempt, rng):
-    x, upstream, weights = randn(rng, 3, 4, 6), randn(rng, 3, 4, 6), projections(rng)
+@pytest.mark.parametrize("size", [1.0, 1e4])
+def test_feed_forward_learns_as_llama_does(attempt, rng, size):
+    x, upstream, weights = size * randn(rng, 3, 4, 6), randn(rng, 3, 4, 6), projections(rng)
 
     found = attempt(feed_forward_gradients, x, weights, upstream)
 
@@ -242,6 +259,15 @@ def test_feed_forward_learns_as_llama_does(attempt, rng):
     mlp(x).backward(upstream)
     expected = {"x": x.grad} | {name: p.grad for name, p in mlp.named_parameters()}
     assert_close(found, expected)
+
+
+def test_feed_forward_keeps_nothing_from_one_call_to_the_next(attempt, rng):
+    xs = randn(rng, 3, 6).float(), randn(rng, 3, 6), randn(rng, 6, 2, 5).transpose(0, 2)
+    calls = [(0.3 * x, projections(rng, dtype=x.dtype)) for x in xs]
+
+    outs = attempt(feed_forward_in_turn, calls)
+
+    assert_close(outs, [llama_mlp(weights)(x).detach() for x, weights in calls])
 
 
 def test_feed_forward_has_three_matrices_and_nothing_else(attempt):

@@ -41,11 +41,20 @@ def layer(ex, n_heads, n_kv_heads, weights, x, mask=None):
     return module(x, mask)
 
 
-def layer_in_turn(ex, n_heads, n_kv_heads, weights, calls):
-    """One layer, for each (x, mask) of the calls."""
-    module = ex.GroupedQueryAttention(calls[0][0].shape[-1], n_heads, n_kv_heads).double()
+def layer_in_turn(ex, n_heads, n_kv_heads, calls):
+    """One layer, for each (weights, x, mask) of the calls."""
+    module, outs = ex.GroupedQueryAttention(calls[0][1].shape[-1], n_heads, n_kv_heads).double(), []
+    for weights, x, mask in calls:
+        module.load_state_dict(weights)
+        outs.append(module(x, mask))
+    return outs
+
+
+def layer_gradients(ex, n_heads, n_kv_heads, weights, x, mask, upstream):
+    module = ex.GroupedQueryAttention(x.shape[-1], n_heads, n_kv_heads).to(x.dtype)
     module.load_state_dict(weights)
-    return [module(x, mask) for x, mask in calls]
+    module(x.requires_grad_(), mask).backward(upstream)
+    return {"x": x.grad} | {name: p.grad for name, p in module.named_parameters()}
 
 
 def shapes(ex, d_model, n_heads, n_kv_heads):
@@ -77,15 +86,17 @@ def test_shares_each_key_and_value_head_among_neighbouring_query_heads(attempt, 
     assert_close(out, attend(oracle, q, k, v))
 
 
-@pytest.mark.parametrize("shape", [(4, 5), (9, 1, 1, 5), (6, 4, 5), (9, 6, 1, 5)])
-def test_lets_a_query_see_only_the_keys_its_mask_allows(attempt, rng, shape):
-    q, k, v = qkv(rng)
+@pytest.mark.parametrize("batch", [9, 6, 1])  # 6 as the heads: an axis of 6 is theirs
+@pytest.mark.parametrize("shape", [(5,), (4, 5), ("batch", 1, 1, 5), (6, 4, 5), ("batch", 6, 1, 5)])
+def test_lets_a_query_see_only_the_keys_its_mask_allows(attempt, rng, shape, batch):
+    q, k, v = qkv(rng, batch=batch)
+    shape = [batch if size == "batch" else size for size in shape]
     mask = torch.rand(shape, generator=rng) < 0.5
     mask[..., 0] = True
 
     out = attempt(attend, q, k, v, mask)
 
-    assert_close(out, attend(oracle, q, k, v, mask.expand(9, 6, 4, 5)))
+    assert_close(out, attend(oracle, q, k, v, mask.expand(batch, 6, 4, 5)))
 
 
 def test_takes_inputs_of_any_memory_layout(attempt, rng):
@@ -121,7 +132,7 @@ def test_takes_float16_whose_products_are_too_large_for_float16(attempt, rng):
     assert_close(out, expected.expand(-1, -1, 4, -1).half(), rtol=0.0, atol=5 * eps)
 
 
-@pytest.mark.parametrize(("dtype", "size"), [(torch.float64, 1e12), (torch.float16, 6e4)])
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float64, 1e50), (torch.float16, 6e4)])
 def test_gives_the_one_key_that_is_seen_all_the_weight_however_low_it_scores(
     attempt, rng, dtype, size
 ):
@@ -169,16 +180,34 @@ def test_gives_each_query_head_plain_attention(attempt, n_kv_heads, group, n_que
         assert_close(out[:, i], weights @ v[:, i // group])
 
 
+def projections(rng, n_heads, n_kv_heads, head_dim):
+    """Random weights of a layer."""
+    heads = {"q_proj": n_heads, "k_proj": n_kv_heads, "v_proj": n_kv_heads, "o_proj": n_heads}
+    randn = partial(torch.randn, generator=rng, dtype=torch.float64)
+    weights = {
+        f"{name}.weight": randn(n * head_dim, n_heads * head_dim) for name, n in heads.items()
+    }
+    return weights | {"o_proj.weight": weights["o_proj.weight"].mT}
+
+
+def by_the_definition(weights, x, mask, head_dim):
+    """What a layer with these weights gives."""
+    q, k, v = (
+        torch.stack((x @ weights[f"{name}.weight"].mT).split(head_dim, dim=-1), dim=1)
+        for name in ("q_proj", "k_proj", "v_proj")
+    )
+    mask = mask if mask is None else mask.expand(len(x), q.shape[1], x.shape[1], x.shape[1])
+    merged = torch.cat(attend(oracle, q, k, v, mask).unbind(dim=1), dim=-1)
+    return merged @ weights["o_proj.weight"].mT
+
+
 @pytest.mark.parametrize("masked", ["not at all", "for all alike", "padding", "each head its own"])
 @pytest.mark.parametrize("n_kv_heads", [1, 2, 6])
 def test_layer_projects_splits_attends_merges_and_projects(attempt, rng, n_kv_heads, masked):
-    batch, seq_len, n_heads, head_dim = 3, 5, 6, 4
-    randn = partial(torch.randn, generator=rng, dtype=torch.float64)
-    heads = {"q_proj": n_heads, "k_proj": n_kv_heads, "v_proj": n_kv_heads, "o_proj": n_heads}
-    weights = {f"{name}.weight": randn(n * head_dim, 24) for name, n in heads.items()}
-    weights["o_proj.weight"] = weights["o_proj.weight"].mT
-    x = randn(batch, seq_len, 24)
-    shape = {"for all alike": (5, 5), "padding": (3, 1, 1, 5), "each head its own": (6, 5, 5)}
+    batch, seq_len, n_heads, head_dim = 2, 5, 6, 3
+    weights = projections(rng, n_heads, n_kv_heads, head_dim)
+    x = torch.randn(batch, seq_len, 18, generator=rng, dtype=torch.float64)
+    shape = {"for all alike": (5, 5), "padding": (2, 1, 1, 5), "each head its own": (6, 5, 5)}
     mask = None
     if masked in shape:
         mask = torch.rand(shape[masked], generator=rng) < 0.5
@@ -186,13 +215,19 @@ def test_layer_projects_splits_attends_merges_and_projects(attempt, rng, n_kv_he
 
     out = attempt(layer, n_heads, n_kv_heads, weights, x, mask)
 
-    q, k, v = (
-        torch.stack((x @ weights[f"{name}.weight"].mT).split(head_dim, dim=-1), dim=1)
-        for name in ("q_proj", "k_proj", "v_proj")
-    )
-    mask = mask if mask is None else mask.expand(batch, n_heads, seq_len, seq_len)
-    merged = torch.cat(attend(oracle, q, k, v, mask).unbind(dim=1), dim=-1)
-    assert_close(out, merged @ weights["o_proj.weight"].mT)
+    assert_close(out, by_the_definition(weights, x, mask, head_dim))
+
+
+def test_layer_learns_through_all_its_projections(attempt, rng):
+    randn = partial(torch.randn, 3, 5, 24, generator=rng, dtype=torch.float64)
+    weights, x, upstream = projections(rng, 6, 2, 4), randn(), randn()
+
+    found = attempt(layer_gradients, 6, 2, weights, x, causal(5, 5), upstream)
+
+    inputs = {"x": x} | weights
+    inputs = {name: tensor.detach().requires_grad_() for name, tensor in inputs.items()}
+    by_the_definition(inputs, inputs["x"], causal(5, 5), 4).backward(upstream)
+    assert_close(found, {name: tensor.grad for name, tensor in inputs.items()})
 
 
 def test_layer_has_small_key_and_value_projections_and_no_other_parameters(attempt):
@@ -204,16 +239,18 @@ def test_layer_has_small_key_and_value_projections_and_no_other_parameters(attem
 
 def test_layer_keeps_nothing_from_one_call_to_the_next(attempt, rng):
     randn = partial(torch.randn, generator=rng, dtype=torch.float64)
-    heads = {"q_proj": 24, "k_proj": 8, "v_proj": 8, "o_proj": 24}
-    weights = {f"{name}.weight": randn(n, 24) for name, n in heads.items()}
-    calls = [(randn(2, 4, 24), causal(4, 4)), (randn(2, 9, 24).mT.contiguous().mT, None)]
+    weights, others = projections(rng, 6, 2, 4), projections(rng, 6, 2, 4)
     seen = torch.tensor([[True, False, True, True], [False, True, False, True]])
-    calls += [(randn(2, 4, 24), None), (randn(2, 4, 24), seen[:, None, None])]
+    calls = [
+        (weights, randn(2, 4, 24), causal(4, 4)),
+        (weights, randn(2, 9, 24).mT.contiguous().mT, None),
+        (weights, randn(2, 4, 24), None),
+        (others, randn(2, 4, 24), seen[:, None, None]),
+    ]
 
-    outs = attempt(layer_in_turn, 6, 2, weights, calls)
+    outs = attempt(layer_in_turn, 6, 2, calls)
 
-    alone = [attempt(layer, 6, 2, weights, *call) for call in calls]
-    assert_close(outs, alone)
+    assert_close(outs, [by_the_definition(*call, 4) for call in calls])
 
 
 @pytest.mark.parametrize(

@@ -13,16 +13,16 @@ from kata.testing import assert_close
 
 pytestmark = pytest.mark.cpu
 
-BATCH, N_HEADS, N_KV_HEADS, HEAD_DIM = 2, 6, 3, 4
+BATCH, N_HEADS, N_KV_HEADS, HEAD_DIM = 2, 6, 3, 10  # √10 is no 10 / 2
 
 
-def new_cache(ex, batch, max_len, dtype=torch.float64):
-    return ex.KVCache(batch, N_KV_HEADS, max_len, HEAD_DIM, dtype=dtype)
+def new_cache(ex, batch, max_len, dtype=torch.float64, n_kv_heads=N_KV_HEADS):
+    return ex.KVCache(batch, n_kv_heads, max_len, HEAD_DIM, dtype=dtype)
 
 
 def attend(ex, q, k, v, frequencies, chunks, max_len, n_pad=None):
     """A text in chunks through one cache: all results in a row, and the lengths of the cache."""
-    cache = new_cache(ex, len(q), max_len, k.dtype)
+    cache = new_cache(ex, len(q), max_len, k.dtype, k.shape[1])
     parts = zip(*(x.split(chunks, dim=-2) for x in (q, k, v)), strict=True)
     outs, lengths = [], [cache.length]
     for part in parts:
@@ -35,19 +35,20 @@ def attend_alone(ex, q, k, v, frequencies, n_pad=None):
     return ex.attend_with_cache(q, k, v, None, frequencies, n_pad)
 
 
-def attend_without_cache(ex, q, k, v, frequencies, grad):
+def attend_without_cache(ex, q, k, v, frequencies, grad, n_pad=None):
     for x in (q, k, v):
         x.requires_grad_()
-    out = ex.attend_with_cache(q, k, v, None, frequencies)
+    out = ex.attend_with_cache(q, k, v, None, frequencies, n_pad)
     found = [out.detach(), *torch.autograd.grad(out, (q, k, v), grad)]
     for x in (q, k, v):
         x.requires_grad_(False)
     return found
 
 
-def attend_after_reset(ex, first, second, frequencies):
+def attend_after_reset(ex, first, n_pad, second, frequencies):
+    """The first text is padded, the second one is not."""
     cache = new_cache(ex, BATCH, 12)
-    ex.attend_with_cache(*first, cache, frequencies)
+    ex.attend_with_cache(*first, cache, frequencies, n_pad)
     cache.reset()
     return cache.length, ex.attend_with_cache(*second, cache, frequencies), cache.length
 
@@ -64,8 +65,8 @@ def attend_in_turn(ex, one, two, frequencies):
 
 
 def attend_to_texts(ex, texts):
-    """Texts of other lengths, paces and dtypes one after the other, none with a cache."""
-    return [ex.attend_with_cache(*qkv, None, frequencies) for *qkv, frequencies in texts]
+    """Texts of other lengths, paces, dtypes and paddings in turn, none with a cache."""
+    return [ex.attend_with_cache(*qkv, None, *more) for *qkv, more in texts]
 
 
 def memory_after_reset(ex, k, v):
@@ -78,11 +79,11 @@ def memory_after_reset(ex, k, v):
 
 
 def append_and_overwrite(ex, k, v):
-    """The caller uses its memory again after the first call, and the cache grows after that."""
+    """The caller uses its memory again after two calls, and the cache grows after that."""
     cache = new_cache(ex, BATCH, 8)
-    first = cache.append(k[:, :, :3].clone(), v[:, :, :3].clone())
-    mine = k[:, :, 3:5].clone(), v[:, :, 3:5].clone()
-    cache.append(*mine)
+    mine = [x[:, :, part].clone() for part in (slice(3), slice(3, 5)) for x in (k, v)]
+    first = cache.append(*mine[:2])
+    cache.append(*mine[2:])
     for x in mine:
         x.zero_()
     return first, cache.append(k[:, :, 5:], v[:, :, 5:])
@@ -116,13 +117,19 @@ def flops_of_a_step(ex, q, k, v, frequencies, max_len):
 
 
 def bytes_of_a_step(ex, k, v, max_len):
-    """The bytes of new memory that a cache takes at first, and one more token when it is filled."""
-    with NewMemory() as reserved:
-        cache = new_cache(ex, len(k), max_len)
+    """The bytes of new memory that one more token takes."""
+    cache = new_cache(ex, len(k), max_len)
     cache.append(k[:, :, :-1], v[:, :, :-1])
     with NewMemory() as memory:
         keys, values = cache.append(k[:, :, -1:], v[:, :, -1:])
-    return keys, values, reserved.bytes, memory.bytes
+    return keys, values, memory.bytes
+
+
+def reserve_and_append(ex, k, v, max_len, dtype):
+    """The bytes of memory that a new cache takes, and what it gives back of its first tokens."""
+    with NewMemory() as memory:
+        cache = ex.KVCache(len(k), k.shape[1], max_len, k.shape[-1], **dtype)
+    return memory.bytes, cache.append(k, v)
 
 
 FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -153,15 +160,15 @@ def storage(x):
     return x.untyped_storage().data_ptr()
 
 
-def qkv(rng, n, batch=BATCH, dtype=torch.float64):
+def qkv(rng, n, batch=BATCH, dtype=torch.float64, n_kv_heads=N_KV_HEADS):
     q = torch.randn(batch, N_HEADS, n, HEAD_DIM, generator=rng, dtype=dtype)
-    k = torch.randn(batch, N_KV_HEADS, n, HEAD_DIM, generator=rng, dtype=dtype)
-    v = torch.randn(batch, N_KV_HEADS, n, HEAD_DIM, generator=rng, dtype=dtype)
+    k = torch.randn(batch, n_kv_heads, n, HEAD_DIM, generator=rng, dtype=dtype)
+    v = torch.randn(batch, n_kv_heads, n, HEAD_DIM, generator=rng, dtype=dtype)
     return q, k, v
 
 
 def frequencies_for_specs():
-    return torch.tensor([1.0, 0.3], dtype=torch.float64)
+    return torch.tensor([1.0, 0.3, 0.2, 0.1, 0.03], dtype=torch.float64)
 
 
 def uncached(q, k, v, frequencies):
@@ -170,7 +177,7 @@ def uncached(q, k, v, frequencies):
     turns = torch.exp(1j * torch.arange(n)[:, None] * frequencies)
     half = HEAD_DIM // 2
     q, k = (torch.complex(x[..., :half], x[..., half:]) * turns for x in (q, k))
-    k, v = (x.repeat_interleave(N_HEADS // N_KV_HEADS, dim=1) for x in (k, v))
+    k, v = (x.repeat_interleave(N_HEADS // x.shape[1], dim=1) for x in (k, v))
     scores = (q @ k.mH).real / math.sqrt(HEAD_DIM)
     hidden = torch.ones(n, n, dtype=torch.bool).triu(1)
     return torch.softmax(scores.masked_fill(hidden, -math.inf), dim=-1) @ v
@@ -197,9 +204,14 @@ def test_decodes_token_by_token_as_without_a_cache(attempt, rng):
 
 
 @settings(max_examples=25)
-@given(chunks=st.lists(st.integers(1, 4), min_size=1, max_size=5), seed=st.integers(0, 999))
-def test_takes_a_text_in_chunks_of_any_size(attempt, chunks, seed):
-    q, k, v = qkv(torch.Generator().manual_seed(seed), sum(chunks))
+@given(
+    chunks=st.lists(st.integers(1, 4), min_size=1, max_size=5),
+    n_kv_heads=st.sampled_from([1, 2, 3, 6]),
+    seed=st.integers(0, 999),
+)
+def test_takes_a_text_in_chunks_of_any_size(attempt, chunks, n_kv_heads, seed):
+    rng = torch.Generator().manual_seed(seed)
+    q, k, v = qkv(rng, sum(chunks), n_kv_heads=n_kv_heads)
     frequencies = frequencies_for_specs()
 
     out, _ = attempt(attend, q, k, v, frequencies, chunks, 20)
@@ -233,9 +245,9 @@ def levels(v, size, level):
 @pytest.mark.parametrize("chunks", [[5], [3, 1, 1]], ids=["prefill", "decode"])
 def test_sees_nothing_of_the_future_however_low_the_past_scores(attempt, rng, chunks):
     _, _, v = qkv(rng, 5)
-    q, k = levels(v, 1e12, torch.tensor([-4.0, -3.0, -2.0, 1.0, 2.0]))
+    q, k = levels(v, 1e50, torch.tensor([-4.0, -3.0, -2.0, 1.0, 2.0]))
 
-    out, _ = attempt(attend, q, k, v, torch.zeros(2, dtype=torch.float64), chunks, 8)
+    out, _ = attempt(attend, q, k, v, torch.zeros(5, dtype=torch.float64), chunks, 8)
 
     # Scores grow with the key: a query's own position has all the weight.
     assert_close(out, v.repeat_interleave(2, dim=1))
@@ -247,10 +259,10 @@ def test_hides_padding_however_low_the_others_score(attempt, rng, chunks):
     n_pad = torch.tensor([2, 4])
     slots, pads = torch.arange(6), n_pad[:, None]
     level = torch.where(slots < pads, 9.0, torch.where(slots == pads, -1.0, -2.0))
-    q, k = levels(v, 1e12, level)
+    q, k = levels(v, 1e50, level)
     v[0, :, :2], v[1, :, :4] = 1e10, -1e10
 
-    out, _ = attempt(attend, q, k, v, torch.zeros(2, dtype=torch.float64), chunks, 8, n_pad)
+    out, _ = attempt(attend, q, k, v, torch.zeros(5, dtype=torch.float64), chunks, 8, n_pad)
 
     for b, pad in enumerate([2, 4]):  # the first real token has all the weight
         expected = v[b, :, pad : pad + 1].repeat_interleave(2, dim=0).expand(-1, 6 - pad, -1)
@@ -260,7 +272,7 @@ def test_hides_padding_however_low_the_others_score(attempt, rng, chunks):
 def test_turns_by_exact_angles_in_bfloat16(attempt, rng):
     q, k, v = (x.bfloat16() for x in qkv(rng, 300, batch=1))
     v = v / v.abs().amax()
-    frequencies = torch.tensor([1.7, 0.3], dtype=torch.float64)
+    frequencies = torch.tensor([1.7, 0.3, 0.9, 1.1, 0.1], dtype=torch.float64)
 
     out, _ = attempt(attend, q, k, v, frequencies, [297, 1, 2], 300)
 
@@ -271,18 +283,19 @@ def test_turns_by_exact_angles_in_bfloat16(attempt, rng):
 
 
 def test_keeps_nothing_from_one_text_to_the_next(attempt, rng):
-    paces = [[1.0, 0.3], [0.7, 0.2], [0.7, 0.2], [1.0, 0.3]]
-    dtypes = [torch.bfloat16, torch.float64, torch.float32, torch.float64]
+    dtypes = [torch.bfloat16, torch.float64, torch.float32, torch.float64, torch.float64]
+    paces, pads = [1.0, 0.7, 0.7, 1.0, 1.0], [(0, 1), (0, 0), (2, 0), (0, 0), (1, 3)]
     texts = [
-        (*qkv(rng, n, dtype=dtype), torch.tensor(pace, dtype=torch.float64))
-        for n, dtype, pace in zip([3, 7, 7, 4], dtypes, paces, strict=True)
+        (*qkv(rng, n, dtype=dtype), (pace * frequencies_for_specs(), torch.tensor(pad)))
+        for n, dtype, pace, pad in zip([3, 7, 7, 4, 7], dtypes, paces, pads, strict=True)
     ]
 
     outs = attempt(attend_to_texts, texts)
 
-    for out, text in list(zip(outs, texts, strict=True))[1:]:
-        expected = uncached(*(x.double() for x in text)).to(out.dtype)
-        assert_close(out, expected)
+    for out, (*text, (frequencies, n_pad)) in list(zip(outs, texts, strict=True))[1:]:
+        for b, pad in enumerate(n_pad.tolist()):
+            alone = uncached(*(x[b : b + 1, :, pad:].double() for x in text), frequencies)
+            assert_close(out[b : b + 1, :, pad:], alone.to(out.dtype))
 
 
 def test_attends_and_learns_without_a_cache(attempt, rng):
@@ -297,6 +310,27 @@ def test_attends_and_learns_without_a_cache(attempt, rng):
     assert_close(found, [out.detach(), *torch.autograd.grad(out, inputs, grad)])
 
 
+def test_sends_the_same_gradients_through_a_padded_sequence_as_through_that_sequence_alone(
+    attempt, rng
+):
+    q, k, v = qkv(rng, 5)
+    frequencies, n_pad = frequencies_for_specs(), torch.tensor([3, 1])
+    grad = torch.randn(q.shape, generator=rng, dtype=torch.float64)
+    grad[0, :, :3] = grad[1, :, :1] = 0
+
+    _, *found = attempt(attend_without_cache, q, k, v, frequencies, grad, n_pad)
+
+    expected = [torch.zeros_like(x) for x in (q, k, v)]
+    for b, pad in enumerate([3, 1]):
+        inputs = [x[b : b + 1, :, pad:].clone().requires_grad_() for x in (q, k, v)]
+        out = uncached(*inputs, frequencies)
+        for x, dx in zip(
+            expected, torch.autograd.grad(out, inputs, grad[b : b + 1, :, pad:]), strict=True
+        ):
+            x[b, :, pad:] = dx[0]
+    assert_close(found, expected)
+
+
 def test_returns_all_keys_and_values_so_far(attempt, rng):
     _, k, v = qkv(rng, 6, dtype=torch.bfloat16)
     parts = list(zip(k.split([3, 1, 2], dim=-2), v.split([3, 1, 2], dim=-2), strict=True))
@@ -309,13 +343,23 @@ def test_returns_all_keys_and_values_so_far(attempt, rng):
 
 def test_starts_afresh_after_a_reset(attempt, rng):
     first, second = qkv(rng, 7), qkv(rng, 4)
-    frequencies = frequencies_for_specs()
+    frequencies, n_pad = frequencies_for_specs(), torch.tensor([3, 1])
 
-    emptied, out, length = attempt(attend_after_reset, first, second, frequencies)
+    emptied, out, length = attempt(attend_after_reset, first, n_pad, second, frequencies)
 
     assert emptied == 0
     assert_close(out, uncached(*second, frequencies))
     assert length == 4
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float64], ids=str)
+def test_reserves_all_its_room_when_it_is_made_as_float32_if_not_told(attempt, rng, dtype):
+    _, k, v = qkv(rng, 3, dtype=dtype or torch.float32)
+
+    reserved, found = attempt(reserve_and_append, k, v, 40, {"dtype": dtype} if dtype else {})
+
+    assert_close(found, (k, v))
+    assert reserved >= (k.nbytes + v.nbytes) * 40 // 3, f"{reserved} bytes for 40 tokens"
 
 
 def test_keeps_its_memory_when_it_is_reset(attempt, rng):
@@ -374,7 +418,7 @@ def test_a_step_costs_what_the_tokens_so_far_cost_not_the_room(attempt, rng):
 def test_one_more_token_copies_none_of_the_earlier_ones(attempt, rng):
     _, k, v = qkv(rng, 200)
 
-    keys, values, _, new_bytes = attempt(bytes_of_a_step, k, v, 250)
+    keys, values, new_bytes = attempt(bytes_of_a_step, k, v, 250)
 
     assert_close([keys, values], [k, v])
     assert new_bytes <= 4 * (k.nbytes + v.nbytes) / 200, (

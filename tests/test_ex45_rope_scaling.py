@@ -86,6 +86,16 @@ def by_the_formula(scaling, head_dim, theta, factor, *lengths):
     return torch.tensor(found, dtype=torch.float64)
 
 
+def attention_by_the_formula(q, k, v, frequencies, attention_factor=1.0):
+    """All tokens at once, turned as complex numbers, for a head_dim of 4."""
+    n = q.shape[-2]
+    turns = attention_factor * torch.exp(1j * torch.arange(n)[:, None] * frequencies)
+    q, k = (torch.complex(x[..., :2], x[..., 2:]) * turns for x in (q, k))
+    hidden = torch.ones(n, n, dtype=torch.bool).triu(1)
+    scores = ((q @ k.mH).real / 2).masked_fill(hidden, -torch.inf)
+    return torch.softmax(scores, dim=-1) @ v
+
+
 # --- frequencies ---------------------------------------------------------------------------------
 
 
@@ -251,11 +261,7 @@ def test_attention_learns_through_queries_keys_and_values(attempt, rng):
     found = attempt(gradients, q, k, v, frequencies, 1.3, upstream)
 
     inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-    turns = 1.3 * torch.exp(1j * torch.arange(5)[:, None] * frequencies)
-    q, k = (torch.complex(x[..., :2], x[..., 2:]) * turns for x in inputs[:2])
-    hidden = torch.ones(5, 5, dtype=torch.bool).triu(1)
-    scores = ((q @ k.mH).real / 2).masked_fill(hidden, -torch.inf)
-    out = torch.softmax(scores, dim=-1) @ inputs[2]
+    out = attention_by_the_formula(*inputs, frequencies, 1.3)
     assert_close(found, torch.autograd.grad(out, inputs, upstream))
 
 
@@ -277,7 +283,7 @@ def test_attention_turns_by_exact_angles_whatever_the_dtype(attempt, rng, dtype,
 
 def test_attention_sees_nothing_of_the_future_however_low_the_past_scores(attempt, rng):
     v = torch.randn(1, 2, 5, 4, generator=rng, dtype=torch.float64)
-    q = torch.full_like(v, 1e10)
+    q = torch.full_like(v, 1e50)
     k = torch.tensor([-4.0, -3.0, -2.0, 1.0, 2.0], dtype=torch.float64)[:, None].expand(1, 2, 5, 4)
 
     out = attempt(attend, q, k, v, torch.zeros(2, dtype=torch.float64))
@@ -287,13 +293,17 @@ def test_attention_sees_nothing_of_the_future_however_low_the_past_scores(attemp
 
 
 def test_attention_keeps_nothing_from_one_call_to_the_next(attempt, rng):
-    texts = [torch.randn(3, 1, 2, n, 4, generator=rng, dtype=torch.float64) for n in (3, 6)]
-    frequencies = [torch.tensor(x, dtype=torch.float64) for x in ([1.0, 0.2], [0.7, 0.4])]
+    texts = [
+        torch.randn(3, 1, 2, n, 4, generator=rng, dtype=torch.float64) for n in (3, 3, 6, 6, 1)
+    ]
+    texts[0] = texts[0].bfloat16()
+    paces = [1.0, 0.2], [1.0, 0.2], [0.7, 0.4], [1.0, 0.2], [1.0, 0.2]
+    frequencies = [torch.tensor(pace, dtype=torch.float64) for pace in paces]
 
     outs = attempt(attend_in_turn, list(zip(texts, frequencies, strict=True)))
 
-    alone = [attempt(attend, *qkv, f) for qkv, f in zip(texts, frequencies, strict=True)]
-    assert_close(outs, alone)
+    for out, text, pace in list(zip(outs, texts, frequencies, strict=True))[1:]:
+        assert_close(out, attention_by_the_formula(*text, pace))
 
 
 @pytest.mark.parametrize("factor", [0.25, 0.999, -2.5])
