@@ -53,6 +53,7 @@ class SwitchFFN(nn.Module):
         softmax are computed in float32 at least. Of experts with equal p + bias any may be chosen.
         Gradients reach the router through p, all weights, and x. An expert works on the tokens
         that it keeps, 4·d_model·d_ff flops each; the router costs 2·d_model·n_experts a token.
+        Training and evaluation do the same, and leave the bias alone.
         """
         raise NotImplementedError("exercise 51 is not written yet")
 
@@ -66,7 +67,7 @@ def load_balancing_loss(probs: Tensor, choice: Tensor, mask: Tensor | None = Non
     returns: () dtype of probs, n_experts · Σₑ fₑ · Pₑ over the tokens that count
 
     f can't be differentiated: the gradient goes through P alone. Tokens that don't count may hold
-    anything, NaN too, and get a gradient of 0.
+    anything, NaN and choices of no expert too, and get a gradient of 0.
     """
     raise NotImplementedError("exercise 51 is not written yet")
 

@@ -70,7 +70,8 @@ def speculative_step(target: Model, draft: Model, ids: Tensor, gamma: int, u: Te
              token in its place, from the residual there; where all stay a token after them, from
              the target
 
-    The draft is called gamma times, the target once, with ids and the drafted tokens.
+    The draft is called gamma times, the target once, each time with ids and all tokens drafted so
+    far.
     """
     raise NotImplementedError("exercise 57 is not written yet")
 

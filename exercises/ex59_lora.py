@@ -54,7 +54,8 @@ class LoRALinear(nn.Module):
 def merge(layer: LoRALinear) -> None:
     """Add ΔW into base.weight, in place; a layer that is merged already stays as it is.
 
-    The sum is worked out in float32 at least, and rounded to the dtype of the weight once.
+    The sum is worked out in float32, or in the weight's dtype where that is wider, and rounded to
+    the weight's dtype once.
     """
     raise NotImplementedError("exercise 59 is not written yet")
 
@@ -74,8 +75,8 @@ def add_lora(model: nn.Module, names: list[str], r: int, alpha: float) -> list[s
     returns: the full names of the wrapped layers, in the model's order
 
     Afterwards the a and b of all wrapped layers require gradients, and no other parameter does. A
-    layer that is wrapped already is not wrapped again. ValueError: a name that no linear layer of
-    the model bears, wrapped or not, which is given; an r too large for one of them. The model is
-    then as it was.
+    layer that is wrapped already stays as it is, and so does the base inside it. ValueError: a name
+    that no linear layer of the model bears, wrapped or not, which is given; an r below 1 or too
+    large for one of them. The model is then as it was.
     """
     raise NotImplementedError("exercise 59 is not written yet")

@@ -63,7 +63,8 @@ class LoRALinear(nn.Module):
 def merge(layer: LoRALinear) -> None:
     """Add ΔW into base.weight, in place; a layer that is merged already stays as it is.
 
-    The sum is worked out in float32 at least, and rounded to the dtype of the weight once.
+    The sum is worked out in float32, or in the weight's dtype where that is wider, and rounded to
+    the weight's dtype once.
     """
     # solution
     if not layer.merged:
@@ -89,13 +90,15 @@ def add_lora(model: nn.Module, names: list[str], r: int, alpha: float) -> list[s
     returns: the full names of the wrapped layers, in the model's order
 
     Afterwards the a and b of all wrapped layers require gradients, and no other parameter does. A
-    layer that is wrapped already is not wrapped again. ValueError: a name that no linear layer of
-    the model bears, wrapped or not, which is given; an r too large for one of them. The model is
-    then as it was.
+    layer that is wrapped already stays as it is, and so does the base inside it. ValueError: a name
+    that no linear layer of the model bears, wrapped or not, which is given; an r below 1 or too
+    large for one of them. The model is then as it was.
     """
     # solution
+    inner = {layer.base for layer in model.modules() if isinstance(layer, LoRALinear)}
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | LoRALinear)}
     layers = {name: m for name, m in layers.items() if name.split(".")[-1] in names}
+    layers = {name: m for name, m in layers.items() if m not in inner}
     if missing := set(names) - {name.split(".")[-1] for name in layers}:
         raise ValueError(f"no linear layer of the model is called {', '.join(sorted(missing))}")
     plain = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}

@@ -165,13 +165,13 @@ def test_comes_back_within_half_a_step(attempt, np_rng, name, scale):
 
 def test_mxfp4_decodes_every_code_under_the_smallest_and_the_largest_scale(attempt):
     codes = np.arange(16, dtype=np.uint8)
-    blocks = [np.r_[np.uint8(e), codes << 4 | codes[::-1]] for e in (0, 1, 2, 127, 250)]
+    blocks = [np.r_[np.uint8(e), codes << 4 | codes[::-1]] for e in (0, 1, 2, 127, 252)]
 
     out = attempt(dequantize, "mxfp4", *blocks)
 
     values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     values = np.r_[values, -values]
-    each = [np.ldexp(np.r_[values[::-1], values], e - 127) for e in (0, 1, 2, 127, 250)]
+    each = [np.ldexp(np.r_[values[::-1], values], e - 127) for e in (0, 1, 2, 127, 252)]
     assert_close(out, [block.astype(np.float32) for block in each], rtol=0.0, atol=0.0)
 
 
@@ -185,6 +185,45 @@ def test_q4_1_keeps_the_low_halves_first(attempt):
     expected = np.full(32, -5.0, np.float32)
     expected[[0, 16, 31]] = 2 * 10 - 5, 2 * 3 - 5, 2 * 15 - 5
     assert_close(out, expected)
+
+
+@pytest.mark.parametrize("name", ["q8_0", "q4_1"])
+def test_unpacks_scales_below_the_smallest_normal_float16(attempt, np_rng, name):
+    data = random_bytes(np_rng, name, 2, 1)
+    data[:, :2] = np.array([[2.0**-24], [-3 * 2.0**-20]], "<f2").view(np.uint8)
+
+    (out,) = attempt(dequantize, name, data)
+
+    assert_close(out, gguf.dequantize(data, KINDS[name]), rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize(
+    "name, scale",
+    [("q8_0", 1e-3), ("q8_0", 7e6), ("mxfp4", 1e-28), ("mxfp4", 1e-13), ("mxfp4", 1e29)],
+)
+def test_packs_very_small_and_very_large_numbers(attempt, np_rng, name, scale):
+    x = (scale * np_rng.uniform(0.01, 1, (5, 64))).astype(np.float32)
+
+    (out,) = attempt(quantize, name, x)
+
+    assert_close(out, gguf.quantize(x, KINDS[name]))
+
+
+@pytest.mark.parametrize(
+    "amax, x",
+    [
+        (127.0, float(np.nextafter(np.float32(0.5), np.float32(0)))),
+        (1.5943000316619873, 0.3954366147518158),
+        (1.9572101831436157, 1.8108047246932983),
+    ],
+    ids=["below a half", "near a half", "nearer"],
+)
+def test_q8_0_multiplies_by_the_inverse_in_float32_and_rounds_that(attempt, amax, x):
+    block = np.array([amax, x, -x, *[0] * 29], np.float32)
+
+    (out,) = attempt(quantize, "q8_0", block)
+
+    assert_close(out, gguf.quantize(block, KINDS["q8_0"]))
 
 
 @packed

@@ -73,6 +73,11 @@ def fresh(ex, base, r, alpha):
     }
 
 
+def begin_on_meta(ex, r, alpha):
+    layer = ex.LoRALinear(nn.Linear(D_IN, D_OUT, device="meta"), r, alpha)
+    return [layer.a.device.type, layer.b.device.type]
+
+
 def fresh_pair(ex, base, r, alpha):
     return [ex.LoRALinear(linear(base), r, alpha).a for _ in range(2)]
 
@@ -99,7 +104,7 @@ def train(ex, base, r, alpha, x, target, n_steps):
 
 
 class Quantized(nn.Module):
-    """A linear layer that holds its weight as bytes and a scale a row, as Q8_0 does."""
+    """A layer that holds its weight as bytes and a scale a row, as Q8_0 does, and a shift."""
 
     def __init__(self, weight):
         super().__init__()
@@ -112,7 +117,7 @@ class Quantized(nn.Module):
         return self.scales * self.bytes
 
     def forward(self, x):
-        return x @ self.weight.T
+        return x @ self.weight.T + 1
 
 
 def adapt_quantized(ex, tensors, x):
@@ -150,13 +155,36 @@ def merged_weight(ex, tensors):
     return layer.base.weight
 
 
+def merge_again(ex, first, second):
+    """The weight merged and unmerged, once a layer that was merged before has other numbers."""
+    layer = build(ex, first)
+    ex.merge(layer)
+    ex.unmerge(layer)
+    for parameter, name in ((layer.base.weight, "weight"), (layer.a, "a"), (layer.b, "b")):
+        parameter.data.copy_(second[name])
+    ex.merge(layer)
+    merged = layer.base.weight.detach().clone()
+    ex.unmerge(layer)
+    return [merged, layer.base.weight]
+
+
+def merge_and_differentiate(ex, tensors, x):
+    layer = build(ex, tensors)
+    ex.merge(layer)
+    x.requires_grad_()
+    layer(x).sum().backward()
+    return {"x": x.grad, "base is trained": layer.base.weight.requires_grad}
+
+
 def merged_in_place(ex, tensors):
     """Whether merging and unmerging write into the very parameter that somebody else may hold."""
-    layer = build(ex, tensors)
-    before = layer.base.weight
+    base = linear(tensors)
+    before = base.weight
+    layer = ex.LoRALinear(base, len(tensors["a"]), ALPHA)
     address = before.data_ptr()
+    same = [layer.base is base]
     ex.merge(layer)
-    same = [layer.base.weight is before and before.data_ptr() == address]
+    same += [layer.base.weight is before and before.data_ptr() == address]
     ex.unmerge(layer)
     return [*same, layer.base.weight is before and before.data_ptr() == address]
 
@@ -171,6 +199,8 @@ class Small(nn.Module):
         blocks = [{k: type(m)(*_sizes(m)) for k, m in blocks[0].items()} for _ in range(n_blocks)]
         self.blocks = nn.ModuleList(nn.ModuleDict(block) for block in blocks)
         self.q = nn.Linear(4, 3, bias=False)
+        self.kq = nn.Linear(3, 2)
+        self.others = nn.ParameterDict({"a": torch.ones(2), "b": torch.ones(2)})
 
     def forward(self, ids):
         x = self.embed(ids)
@@ -206,9 +236,22 @@ def wrap(ex, seed, ids, *calls):
     }  # fmt: skip
 
 
-def wrap_wrongly(ex, seed, names, r):
-    """The parameters before and after a call that must fail, by name."""
+def wrap_more(ex, seed, ids, *, first, then):
+    """What a second call says, and the results before and after it, when the first has learnt."""
     model = small(seed)
+    ex.add_lora(model, first, 2, 6.0)
+    for layer in model.modules():
+        if isinstance(layer, ex.LoRALinear):
+            layer.b.data.fill_(0.5)
+    before = model(ids)
+    return {"said": ex.add_lora(model, then, 1, 3.0), "before": before, "after": model(ids)}
+
+
+def wrap_wrongly(ex, seed, names, r):
+    """The parameters before and after a second call, which must fail, by name."""
+    model = small(seed)
+    ex.add_lora(model, ["up"], 2, 1.0)
+    model.requires_grad_(True)
     before = {name: p.requires_grad for name, p in model.named_parameters()}
     message = ""
     try:
@@ -292,6 +335,12 @@ def test_begins_with_a_b_of_zeros_and_an_a_that_is_not(attempt, rng, dtype):
     assert_close([out["scale"], out["merged"]], [ALPHA / R, False])
 
 
+def test_begins_on_the_device_of_its_base(attempt):
+    out = attempt(begin_on_meta, R, ALPHA)
+
+    assert_close(out, ["meta", "meta"])
+
+
 def test_no_two_layers_begin_alike(attempt, rng):
     first, second = attempt(fresh_pair, make(rng), R, ALPHA)
 
@@ -324,7 +373,7 @@ def test_wraps_a_base_that_holds_its_weight_as_bytes(attempt, rng):
 
     rounded = {**tensors, "weight": out["weight"]}
     hidden = x.reshape(-1, D_IN).sum(dim=0) @ tensors["a"].T
-    expected = {"y": by_definition(rounded, x), "b": (ALPHA / R * hidden).expand(D_OUT, R)}
+    expected = {"y": by_definition(rounded, x) + 1, "b": (ALPHA / R * hidden).expand(D_OUT, R)}
     assert_close({name: out[name] for name in expected}, expected)
 
 
@@ -339,10 +388,10 @@ def test_costs_a_thin_product_more_and_merged_nothing_more(attempt, rng, merged)
     assert 0 < flops <= most, f"{flops} flops for {n} tokens, where {most} are enough"
 
 
-@pytest.mark.parametrize("r", [0, -1, 6])
-def test_refuses_an_r_that_no_matrix_of_this_size_has(attempt, rng, r):
+@pytest.mark.parametrize("r, sizes", [(0, (7, 5)), (-1, (7, 5)), (6, (7, 5)), (6, (5, 7))])
+def test_refuses_an_r_that_no_matrix_of_this_size_has(attempt, rng, r, sizes):
     with pytest.raises(ValueError, match=rf"{r}\b"):
-        attempt(fresh, make(rng), r, ALPHA)
+        attempt(fresh, make(rng, 1, *sizes), r, ALPHA)
 
 
 # --- merging -------------------------------------------------------------------------------------
@@ -369,10 +418,27 @@ def test_merging_or_unmerging_twice_does_it_once(attempt, rng):
     assert_close([seen["y"] for seen in out], [by_definition(tensors, x)] * 5)
 
 
-def test_merging_writes_into_the_weight_that_is_there(attempt, rng):
+def test_merging_again_takes_the_numbers_of_that_time(attempt, rng):
+    first, second = make(rng), make(rng)
+
+    out = attempt(merge_again, first, second)
+
+    assert_close(out, [second["weight"] + update(second), second["weight"]])
+
+
+def test_a_merged_layer_sends_gradients_to_x_and_keeps_its_base_frozen(attempt, rng):
+    tensors, x = make(rng), make_x(rng, 4, D_IN)
+
+    out = attempt(merge_and_differentiate, tensors, x)
+
+    grad = (tensors["weight"] + update(tensors)).sum(dim=0).expand(4, D_IN)
+    assert_close(out, {"x": grad, "base is trained": False})
+
+
+def test_merging_writes_into_the_weight_of_the_base_that_was_given(attempt, rng):
     out = attempt(merged_in_place, make(rng))
 
-    assert_close(out, [True, True])
+    assert_close(out, [True, True, True])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -418,8 +484,16 @@ def test_wraps_further_layers_later_and_none_twice(attempt):
     assert len(out["trained"]) == 46, f"{len(out['trained'])} parameters are trained, not 46"
 
 
+def test_wrapped_layers_keep_what_they_have_learnt(attempt):
+    out = attempt(wrap_more, 6, torch.tensor([[2, 4]]), first=["up"], then=["q", "up"])
+
+    assert_close(out["said"], [f"{block}.q" for block in BLOCKS] + ["q"])
+    assert_close(out["after"], out["before"])
+
+
 @pytest.mark.parametrize(
-    "names, said", [(["q", "out"], "out"), (["norm", "q"], "norm"), (["0"], "0")]
+    "names, said",
+    [(["q", "out"], "out"), (["norm", "q"], "norm"), (["0"], "0"), (["up", "base"], "base")],
 )
 def test_refuses_a_name_that_no_linear_layer_bears_and_changes_nothing(attempt, names, said):
     out = attempt(wrap_wrongly, 5, names, 2)
@@ -428,10 +502,12 @@ def test_refuses_a_name_that_no_linear_layer_bears_and_changes_nothing(attempt, 
     assert out["same"], "the model was changed before it was refused"
 
 
-def test_refuses_an_r_too_large_for_one_layer_and_changes_nothing(attempt):
-    out = attempt(wrap_wrongly, 5, ["up", "q"], 4)  # the last q has 3 rows
+@pytest.mark.parametrize("r", [4, 0])
+def test_refuses_an_r_that_one_layer_cannot_have_and_changes_nothing(attempt, r):
+    out = attempt(wrap_wrongly, 5, ["up", "q"], r)  # the last q has 3 rows
 
-    assert "4" in out["message"] and out["same"]
+    assert str(r) in out["message"], f"the message must give {r}: {out['message']!r}"
+    assert out["same"], "the model was changed before it was refused"
 
 
 # --- a real model --------------------------------------------------------------------------------
