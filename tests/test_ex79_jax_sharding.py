@@ -99,8 +99,11 @@ def specs_of(axes):
 
 
 def take_steps(ex, n_data, n_model, axes, params, batch, n_steps):
-    """Steps that follow each other on one batch. All arrays are JAX's and placed from the start,
-    which spares a compilation: jit tells them from NumPy's. What the steps gave."""
+    """What steps give that follow each other on one batch.
+
+    For more than one, all arrays are JAX's and placed from the start, which spares a compilation:
+    jit tells them from NumPy's.
+    """
     calls = []
 
     def loss_fn(params, batch):
@@ -109,8 +112,9 @@ def take_steps(ex, n_data, n_model, axes, params, batch, n_steps):
 
     mesh, specs = mesh_of(n_data, n_model), specs_of(axes)
     step = ex.data_parallel_step(mesh, loss_fn, LEARNING_RATE, specs)
-    params = jax.device_put(params, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))
-    batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+    if n_steps > 1:
+        params = jax.device_put(params, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))
+        batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
     losses, calls_before = [], []
     for _ in range(n_steps):
         calls_before.append(len(calls))
@@ -173,11 +177,10 @@ def many_steps(params, batch, n_steps):
     return params, losses
 
 
-@pytest.mark.parametrize(("n_data", "n_model"), [(3, 1), (1, 1)])
-def test_steps_along_the_gradient_of_the_mean_over_all_rows(attempt, np_rng, n_data, n_model):
+def test_steps_along_the_gradient_of_the_mean_over_all_rows(attempt, np_rng):
     inputs = regression(np_rng)
 
-    out = attempt(take_separate_steps, n_data, n_model, [inputs])
+    out = attempt(take_separate_steps, 3, 1, [inputs])
 
     assert_close(out, [one_step(*inputs)])
 
@@ -186,7 +189,7 @@ def test_computes_each_step_from_nothing_but_what_it_is_given(attempt, np_rng):
     inputs = [regression(np_rng) for _ in range(2)]
     inputs += [regression(np_rng, rows=30), inputs[0]]
 
-    out = attempt(take_separate_steps, 2, 1, inputs)
+    out = attempt(take_separate_steps, 1, 1, inputs)
 
     assert_close(out, [one_step(*each) for each in inputs])
 
@@ -208,16 +211,19 @@ def test_divides_the_rows_among_the_devices_and_sends_only_what_is_summed(attemp
 
 
 @pytest.mark.parametrize(
-    ("axes", "held"),
-    [([["model", "data"], ["data"]], [(6, 2), (2,)]), (["data"], [(3, 8), (2,)])],
-    ids=["one spec each", "one spec for all"],
+    ("axes", "held", "n_steps"),
+    [
+        ([["model", "data"], ["data"]], [(6, 2), (2,)], 1),
+        (["data"], [(3, 8), (2,)], 2),
+    ],
+    ids=["one spec each", "one spec for all, two steps"],
 )
-def test_keeps_the_parameters_cut_as_their_specs_say(attempt, np_rng, axes, held):
+def test_keeps_the_parameters_cut_as_their_specs_say(attempt, np_rng, axes, held, n_steps):
     params, batch = regression(np_rng)
 
-    out = attempt(take_steps, 4, 2, axes, params, batch, n_steps=2)
+    out = attempt(take_steps, 4, 2, axes, params, batch, n_steps)
 
-    new_params, losses = many_steps(params, batch, 2)
+    new_params, losses = many_steps(params, batch, n_steps)
     assert_close(out["params"], new_params)
     assert_close(out["losses"], losses)
     assert_close(out["blocks"], [[shape] * 8 for shape in held])
@@ -379,9 +385,13 @@ def test_gives_the_gradients_of_the_unsharded_mlp(attempt, np_rng):
     assert_close(grad_x, t["x"].grad.float().numpy())
 
 
+def feed_forward_at_once(ex, n_data, n_model, params, x):
+    return ex.tensor_parallel_mlp(mesh_of(n_data, n_model), params, x)
+
+
 @pytest.mark.parametrize(("rows", "d_ff"), [(4, 10), (3, 12), (1, 12)])
 def test_refuses_sizes_that_the_mesh_does_not_divide(attempt, np_rng, rows, d_ff):
     params, x = mlp(np_rng, (rows,), d_ff=d_ff)
 
     with pytest.raises(ValueError):
-        attempt(feed_forward, 2, 4, params, x, unplaced=True)
+        attempt(feed_forward_at_once, 2, 4, params, x)
