@@ -33,9 +33,9 @@ def shard_parameters(tensors: Sequence[Tensor], group: dist.ProcessGroup | None 
     group:   the n ranks that share them; None stands for all ranks
     returns: (⌈elements / n⌉,), rank r's piece: the r-th of n equal pieces of all tensors laid end
              to end in their order, with zeros behind the last. A copy: what it was cut from can
-             be freed.
+             be freed. Needs no gradient.
 
-    Different dtypes raise TypeError, which names them: one flat vector has one dtype.
+    Different dtypes raise TypeError, which names them all: one flat vector has one dtype.
     """
     raise NotImplementedError("exercise 75 is not written yet")
 
@@ -45,7 +45,7 @@ def gather_parameters(
 ) -> list[Tensor]:
     """Put the tensors together again from the pieces of all ranks, by one all-gather.
 
-    shard:   this rank's piece, as from `shard_parameters`
+    shard:   this rank's piece, as from `shard_parameters`; need not be contiguous
     shapes:  the shapes of the tensors
     group:   the ranks that share them; None stands for all ranks
     returns: the whole tensors on every rank, without the padding, whatever that holds. They may
@@ -81,9 +81,13 @@ class FullyShardedMLP(nn.Module):
     output. Backward gives each shard its piece of the gradient averaged over the ranks, and x the
     gradient of this rank's own loss. Gradients of several backwards add up, as ever in torch.
 
+    x may be one sample, (in_features,), and lie in memory in any order. Several forwards may come
+    before one backward.
+
     In forward one all-gather a layer; in backward one all-gather and one reduce-scatter a layer.
     Of no more than two layers a rank holds the other ranks' parameters at any time (the next
-    layer may be fetched ahead), and of none after forward or after backward.
+    layer may be fetched ahead), and of none after forward, with or without gradients, or after
+    backward. Nor do whole gradients pile up: more layers don't make more of them.
     """
 
     def __init__(

@@ -75,7 +75,7 @@ def run_pipeline(
     stage:    this rank's stage; its output has the shape and dtype of its input
     schedule: for each rank of the default process group its actions, in order
     x:        (batch, …), the first stage's input; elsewhere only its shape and dtype count
-    targets:  (batch, …), used on the last rank; elsewhere only its shape may count
+    targets:  (batch, …) of any dtype, used on the last rank; elsewhere only its shape may count
     loss_fn:  loss_fn(output, targets) is the mean loss over the rows it is given
     returns:  the mean loss over the batch (a scalar) on the last rank, None on the others
 
@@ -83,7 +83,8 @@ def run_pipeline(
     the batch's mean loss are added to the .grad of the stage's parameters. What a backward
     needs is kept until then and no longer; messages may be kept until the end. Any schedule
     that follows the rules in gpipe_schedule must run, so a send must not wait for its
-    receiver. Outputs need not be contiguous. Rows that n_micro does not divide raise
-    ValueError.
+    receiver. There may be one stage alone, and stages without parameters or with frozen ones.
+    x, targets and outputs need not be contiguous. Rows that n_micro does not divide raise
+    ValueError on every rank.
     """
     raise NotImplementedError("exercise 76 is not written yet")

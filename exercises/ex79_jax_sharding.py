@@ -50,8 +50,13 @@ def data_parallel_step(
     params and batch are trees of arrays, possibly NumPy's, and each array of the batch has
     its rows first. Each device holds 1/n_data of the batch's rows, and of the parameters
     what param_specs says: before the step, and again after it. The new parameters are
-    params − learning_rate · (the gradient of the loss over all rows), and the loss is the
-    mean over all rows, before the step, whole on every device. n_data divides the rows.
+    params − learning_rate · (the gradient of the loss over all rows), each in its dtype, and
+    the loss is the mean over all rows, before the step, whole on every device. n_data
+    divides the rows, of which another batch may have more or fewer.
+
+    loss_fn may be called more than once while the step is traced, but in no later step. Under
+    another jax.jit the step asks for the same placement. The new parameters may take over the
+    memory of params; the batch stays usable.
     """
     raise NotImplementedError("exercise 79 is not written yet")
 
@@ -61,7 +66,7 @@ def tensor_parallel_mlp(mesh: Mesh, params: dict[str, Array], x: Array) -> Array
 
     params:  w_up (d_model, d_ff), b_up (d_ff,), w_down (d_ff, d_model), b_down (d_model,)
     x:       (batch, …, d_model)
-    returns: (batch, …, d_model)
+    returns: (batch, …, d_model), in the dtype of x and params
 
     Each device computes d_ff / n_model hidden features for batch / n_data rows, from the
     matching blocks of the weights: columns of w_up, rows of w_down. Going forward the
@@ -75,7 +80,7 @@ def tensor_parallel_mlp(mesh: Mesh, params: dict[str, Array], x: Array) -> Array
 def fsdp_specs(mesh: Mesh, params: Any) -> Any:
     """Choose a PartitionSpec for each parameter, so that each device holds 1/n_data of it.
 
-    params:  a tree of arrays, or of anything that has a shape
+    params:  a tree of arrays, or of jax.ShapeDtypeStructs
     returns: a tree like params, of PartitionSpecs
 
     A parameter is cut along "data", in one of its axes whose length n_data divides (any

@@ -16,6 +16,20 @@ from kata.testing import assert_close
 
 pytestmark = pytest.mark.multiprocess
 
+WIDTH = 24  # of the layers whose memory is watched
+LARGE = 8 * WIDTH * WIDTH  # bytes of a weight
+
+
+def has_memory(storage):
+    """Whether there is any behind it. A tensor that only wraps another, as those of the functional
+    API do until they are waited for, has a storage with a size and no memory: reading it ends the
+    rank. The tensor inside is seen by itself.
+    """
+    try:
+        return storage.data_ptr() != 0
+    except RuntimeError:
+        return False
+
 
 class Watch(TorchDispatchMode):
     """Sees every operation: counts collectives, whichever API they are called by, and layers
@@ -28,6 +42,7 @@ class Watch(TorchDispatchMode):
         self.foreign = foreign  # for each layer some values that only other ranks keep
         self.storages = []
         self.most_layers = 2  # or fewer: fetching the next layer ahead is right
+        self.most_large = 0  # pieces of memory that could hold a whole layer
 
     @classmethod
     def _should_skip_dynamo(cls):
@@ -42,6 +57,8 @@ class Watch(TorchDispatchMode):
             if isinstance(x, torch.Tensor):
                 self.storages.append(weakref.ref(x.untyped_storage()))
         self.most_layers = max(self.most_layers, self.layers(self.most_layers))
+        large = [s for s in self.living() if s.nbytes() >= LARGE]
+        self.most_large = max(self.most_large, len(large))
         return result
 
     def count(self, func):
@@ -64,13 +81,18 @@ class Watch(TorchDispatchMode):
             time.sleep(0.005)
         return found
 
+    def living(self):
+        """What is still in memory."""
+        refs = [ref for ref in self.storages if (s := ref()) is not None and has_memory(s)]
+        live = {id(s): s for ref in refs if (s := ref()) is not None}
+        self.storages = [weakref.ref(s) for s in live.values()]
+        return list(live.values())
+
     def count_layers(self):
         if not len(self.foreign):
             return 0
-        live = {id(s): s for ref in self.storages if (s := ref()) is not None}
-        self.storages = [weakref.ref(s) for s in live.values()]
         found = torch.zeros(len(self.foreign), dtype=torch.bool)
-        for storage in live.values():
+        for storage in self.living():
             if storage.nbytes() >= 8 * 200:  # smaller ones hold activations
                 values = torch.empty(0, dtype=torch.float64, device=storage.device)
                 values.set_(storage, 0, (storage.nbytes() // 8,))
@@ -86,25 +108,69 @@ def mine(whole, group=None):
     return whole.chunk(dist.get_world_size(group))[dist.get_rank(group)].clone()
 
 
+def turned(x):
+    """The same numbers, in another order in memory if x has rows and columns."""
+    return x.mT.contiguous().mT if x.ndim > 1 else x
+
+
 def run_shard(ex, tensors):
     return ex.shard_parameters(tensors)
 
 
+def run_shard_of_parameters(ex, tensors):
+    """What a piece of nn.Parameters has in common with them."""
+    parameters = [torch.nn.Parameter(t) for t in tensors]
+    shard = ex.shard_parameters(parameters)
+    memory = {p.untyped_storage().data_ptr() for p in parameters}
+    return {
+        "shares memory": shard.untyped_storage().data_ptr() in memory,
+        "bytes": shard.untyped_storage().nbytes(),
+        "needs a gradient": shard.requires_grad,
+    }
+
+
 def run_gather(ex, shards, shapes):
-    return list(ex.gather_parameters(shards[dist.get_rank()], shapes))
+    shard = shards[dist.get_rank()]
+    strided = torch.stack([shard, shard], -1)[:, 0]
+    return [t.clone() for t in ex.gather_parameters(strided, shapes)]  # waits, if need be
 
 
 def run_reduce_scatter(ex, gradients):
-    return ex.reduce_scatter_gradients(gradients[dist.get_rank()])
+    return ex.reduce_scatter_gradients(gradients[dist.get_rank()]).clone()
 
 
-def run_mlp(ex, weights, biases, x, target, group=None):
+def run_all(ex, tensors, x):
+    """Everything once, in the dtype of what comes in."""
+    shard = ex.shard_parameters(tensors)
+    gathered = [t.clone() for t in ex.gather_parameters(shard, [t.shape for t in tensors])]
+    mlp = ex.FullyShardedMLP([tensors[0]], [tensors[1]])
+    y = mlp(x)
+    y.sum().backward()
+    return {
+        "shard": shard,
+        "gathered": gathered,
+        "reduced": ex.reduce_scatter_gradients(tensors).clone(),
+        "y": y,
+        "gradient": mlp.shards[0].grad,
+    }
+
+
+def run_mlp(ex, weights, biases, x, target, group=None, one_sample=False):
     """This rank's output, and the gradients of its share of the batch and of its shards."""
     mlp = ex.FullyShardedMLP(weights, biases, group)
-    x, target = mine(x, group).requires_grad_(), mine(target, group)
-    y = mlp(x)
+    x, target = mine(x, group), mine(target, group)
+    x, target = (x[0], target[0]) if one_sample else (turned(x), target)
+    y = mlp(x.requires_grad_())
     (y - target).square().mean().backward()
     return {"y": y, "x": x.grad, "shards": [shard.grad for shard in mlp.shards]}
+
+
+def run_two_forwards(ex, weights, biases, xs, upstreams):
+    """The shards' gradients, given those of two outputs."""
+    mlp = ex.FullyShardedMLP(weights, biases)
+    ys = [mlp(mine(x)) for x in xs]
+    upstreams = [turned(mine(upstream)) for upstream in upstreams]
+    return torch.autograd.grad(ys, list(mlp.shards), upstreams)
 
 
 def run_mlp_in_two_groups(ex, weights, biases, xs, targets):
@@ -137,6 +203,14 @@ def count_collectives(ex, weights, biases, x):
     return {"forward": dict(forward.collectives), "backward": dict(backward.collectives)}
 
 
+def watch_large_memory(ex, weights, biases, x):
+    """The most pieces of memory at once that could hold a whole layer."""
+    mlp = ex.FullyShardedMLP(weights, biases)
+    with Watch() as watch:
+        mlp(mine(x)).square().mean().backward()
+    return watch.most_large
+
+
 def watch_memory(ex, weights, biases, x):
     """Of how many layers this rank holds what others keep, at most and afterwards."""
     whole = [w.clone() for w in weights]
@@ -155,6 +229,9 @@ def watch_memory(ex, weights, biases, x):
         watch.most_layers = 2
         y.square().mean().backward()
         seen |= {"most in backward": watch.most_layers, "after backward": watch.layers(0)}
+        with torch.no_grad():
+            mlp(x)
+        seen["after forward without gradients"] = watch.layers(0)
     return seen
 
 
@@ -209,6 +286,15 @@ def test_cuts_the_tensors_laid_end_to_end_into_equal_pieces(attempt, rng):
     assert_close(out, pieces(tensors, 3))
 
 
+@pytest.mark.parametrize("n_ranks", [1, 2])
+def test_cuts_a_copy_that_needs_no_gradient(attempt, rng, n_ranks):
+    out = attempt.ranks(n_ranks)(run_shard_of_parameters, [randn_of(rng)(2, 5)])
+
+    size = 8 * 10 // n_ranks
+    alone = {"shares memory": False, "bytes": size, "needs a gradient": False}
+    assert_close(out, [alone] * n_ranks)
+
+
 def test_puts_the_tensors_together_again_without_the_padding(attempt, rng):
     tensors = [randn_of(rng)(2, 3), randn_of(rng)(4), torch.ones((), dtype=torch.float64)]
     shards = pieces(tensors, 3)
@@ -219,14 +305,37 @@ def test_puts_the_tensors_together_again_without_the_padding(attempt, rng):
     assert_close(out, [tensors] * 3)
 
 
-def test_gives_each_rank_its_piece_of_the_averaged_gradients(attempt, rng):
-    randn = randn_of(rng)
-    gradients = [[randn(4, 2).mT, randn(2)] for _ in range(3)]
+@pytest.mark.parametrize(
+    ("n_ranks", "shapes"),
+    [(3, [(4, 2), (2,)]), (2, [(6,)]), (1, [(3, 2)])],
+    ids=["two tensors", "one tensor, no padding", "one rank"],
+)
+def test_gives_each_rank_its_piece_of_the_averaged_gradients(attempt, rng, n_ranks, shapes):
+    gradients = [[turned(randn_of(rng)(*shape)) for shape in shapes] for _ in range(n_ranks)]
 
-    out = attempt.ranks(3)(run_reduce_scatter, gradients)
+    out = attempt.ranks(n_ranks)(run_reduce_scatter, gradients)
 
-    mean = [sum(g) / 3 for g in zip(*gradients, strict=True)]
-    assert_close(out, pieces(mean, 3))
+    mean = [sum(g) / n_ranks for g in zip(*gradients, strict=True)]
+    assert_close(out, pieces(mean, n_ranks))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_does_everything_in_the_dtype_of_its_inputs(attempt, rng, dtype):
+    # Small whole numbers, so that no dtype has to round.
+    weight, bias, x = (
+        torch.randint(-4, 5, shape, generator=rng).double() for shape in [(3, 2), (3,), (4, 2)]
+    )
+
+    out = attempt.ranks(2)(run_all, [weight.to(dtype), bias.to(dtype)], x.to(dtype))
+
+    shards = pieces([weight, bias], 2)
+    gradients = pieces([x.sum(0).expand(3, 2), torch.full((3,), 4.0)], 2)
+    for rank, result in enumerate(out):
+        assert_close(result["gathered"], [weight.to(dtype), bias.to(dtype)])
+        assert_close(result["shard"], shards[rank].to(dtype))
+        assert_close(result["reduced"], shards[rank].to(dtype))  # of all ranks' the same
+        assert_close(result["y"], F.linear(x, weight, bias).to(dtype))
+        assert_close(result["gradient"], gradients[rank].to(dtype))
 
 
 def test_gives_the_outputs_and_gradients_of_an_unsharded_run_on_the_whole_batch(attempt, rng):
@@ -237,6 +346,31 @@ def test_gives_the_outputs_and_gradients_of_an_unsharded_run_on_the_whole_batch(
     out = attempt.ranks(4)(run_mlp, weights, biases, x, target)
 
     assert_close(out, whole_run(weights, biases, x, target, 4))
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2])
+def test_takes_one_sample_a_rank(attempt, rng, n_ranks):
+    weights, biases = layers(rng, 5, 7, 3)
+    x, target = randn_of(rng)(n_ranks, 5), randn_of(rng)(n_ranks, 3)
+
+    out = attempt.ranks(n_ranks)(run_mlp, weights, biases, x, target, one_sample=True)
+
+    expected = whole_run(weights, biases, x, target, n_ranks)
+    assert_close(out, [each | {"y": each["y"][0], "x": each["x"][0]} for each in expected])
+
+
+def test_keeps_two_forwards_apart_until_their_backward(attempt, rng):
+    weights, biases = layers(rng, 3, 4, 2)
+    xs = [randn_of(rng)(2, 3), randn_of(rng)(6, 5, 3)]
+    upstreams = [randn_of(rng)(2, 2), randn_of(rng)(6, 5, 2)]
+
+    out = attempt.ranks(2)(run_two_forwards, weights, biases, xs, upstreams)
+
+    params = [t.requires_grad_() for t in (*weights, *biases)]
+    ys = [whole_mlp(weights, biases, x) for x in xs]
+    grads = torch.autograd.grad(ys, params, [upstream / 2 for upstream in upstreams])
+    shards = [pieces(layer, 2) for layer in zip(grads[:2], grads[2:], strict=True)]
+    assert_close(out, [[s[rank] for s in shards] for rank in range(2)])
 
 
 def test_trains_like_an_unsharded_model_on_the_whole_batch(attempt, rng):
@@ -268,18 +402,32 @@ def test_sends_an_all_gather_a_layer_each_way_and_a_reduce_scatter_in_backward(a
 
 
 def test_never_holds_more_than_two_whole_layers(attempt, rng):
-    weights, biases = layers(rng, *[24] * 5)
+    weights, biases = layers(rng, *[WIDTH] * 5)
 
-    out = attempt.ranks(2)(watch_memory, weights, biases, randn_of(rng)(2, 24))
+    out = attempt.ranks(2)(watch_memory, weights, biases, randn_of(rng)(2, WIDTH))
 
     for rank, seen in enumerate(out):
         said = f"rank {rank} holds parameters of others, in layers: {seen}"
         assert seen["whole after construction"] == 0, said
-        assert seen["parameter bytes"] == 4 * 8 * (24 * 24 + 24) // 2, said
+        assert seen["parameter bytes"] == 4 * 8 * (WIDTH * WIDTH + WIDTH) // 2, said
         assert seen["most in forward"] <= 2, said
         assert seen["after forward"] == 0, said
         assert seen["most in backward"] <= 2, said
         assert seen["after backward"] == 0, said
+        assert seen["after forward without gradients"] == 0, said
+
+
+def test_needs_no_more_memory_at_once_for_more_layers(attempt, rng):
+    weights, biases = layers(rng, *[WIDTH] * 11)
+    x = randn_of(rng)(2, WIDTH)
+
+    few = attempt.ranks(2)(watch_large_memory, weights[:3], biases[:3], x)
+    many = attempt.ranks(2)(watch_large_memory, weights, biases, x)
+
+    for rank in range(2):
+        # A thread of gloo's may still hold a buffer or two.
+        said = f"rank {rank} holds {few[rank]} with 3 layers, and {many[rank]} with 10"
+        assert many[rank] <= few[rank] + 3, f"pieces of a layer's size: {said}"
 
 
 def test_shares_the_layers_within_its_group_only(attempt, rng):
@@ -292,8 +440,9 @@ def test_shares_the_layers_within_its_group_only(attempt, rng):
     assert_close(out, [wholes[rank % 2][rank // 2] for rank in range(4)])
 
 
-def test_rejects_tensors_of_different_dtypes(attempt):
-    tensors = [torch.zeros(2, 3, dtype=torch.float64), torch.zeros(3)]
+def test_names_all_dtypes_where_they_differ(attempt):
+    dtypes = [torch.float64, torch.float64, torch.float32, torch.float16]
+    tensors = [torch.zeros(2, 3, dtype=dtype) for dtype in dtypes]
 
-    with pytest.raises(TypeError, match=r"float32\D+float64|float64\D+float32"):
+    with pytest.raises(TypeError, match=r"(?s)(?=.*float16)(?=.*float32)(?=.*float64)"):
         attempt.ranks(2)(run_shard, tensors)

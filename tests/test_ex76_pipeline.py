@@ -1,5 +1,7 @@
 """Specs for exercise 76: pipeline parallelism."""
 
+import re
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -21,7 +23,7 @@ N_LAYERS, BATCH, SEQ_LEN, D_MODEL = 7, 12, 3, 5
 
 def split(ex, n_layers, n_stages):
     """Which layers each stage holds, by their numbers; −1 is none of those that were given."""
-    layers = [nn.Linear(2, 2) for _ in range(n_layers)]
+    layers = [nn.Tanh() for _ in range(n_layers)]
     numbers = {id(layer): i for i, layer in enumerate(layers)}
     stages = ex.split_stages(layers, n_stages)
     return [[numbers.get(id(layer), -1) for layer in stage] for stage in stages]
@@ -178,17 +180,57 @@ def own_stage(weights, cuts, turned=False):
 def hidden_elsewhere(x, targets):
     """x as the first rank sees it and targets as the last: the others get NaN in their place."""
     rank, n_ranks = dist.get_rank(), dist.get_world_size()
-    nothing_x, nothing = torch.full_like(x, torch.nan), torch.full_like(targets, torch.nan)
+    nothing = torch.full_like(targets, torch.nan if targets.is_floating_point() else -1)
+    nothing_x = torch.full_like(x, torch.nan)
     return x if rank == 0 else nothing_x, targets if rank == n_ranks - 1 else nothing
 
 
-def run_batches(ex, weights, cuts, schedule, batches, turned=False):
+def run_batches(ex, weights, cuts, schedules, batches, turned=False):
+    """A pass over each batch, by the schedule of its own; dtypes are the batch's."""
     stage = own_stage(weights, cuts, turned)
     losses = []
-    for x, targets in batches:
+    for schedule, (x, targets) in zip(schedules, batches, strict=True):
         x, targets = hidden_elsewhere(x, targets)
         losses.append(ex.run_pipeline(stage, schedule, x, targets, F.mse_loss))
     return {"losses": losses, "grads": [p.grad for p in stage.parameters()]}
+
+
+def label_loss(out, labels):
+    return F.cross_entropy(out.flatten(0, 1), labels.flatten())
+
+
+def run_labels(ex, weights, cuts, schedule, x, labels):
+    """With labels for targets; where x is not used it lies in memory in another order."""
+    stage = own_stage(weights, cuts)
+    x, labels = hidden_elsewhere(x, labels)
+    x = x if dist.get_rank() == 0 else x.mT.contiguous().mT
+    loss = ex.run_pipeline(stage, schedule, x, labels, label_loss)
+    return {"losses": [loss], "grads": [p.grad for p in stage.parameters()]}
+
+
+def run_with_idle(ex, weights, idle, schedule, x, targets):
+    """One block a rank. On those in `idle` it has no parameters, or its own are frozen."""
+    rank = dist.get_rank()
+    stage = idle_or_block(weights[rank], idle.get(rank))
+    x, targets = hidden_elsewhere(x, targets)
+    loss = ex.run_pipeline(stage, schedule, x, targets, F.mse_loss)
+    return {"losses": [loss], "grads": [p.grad for p in stage.parameters() if p.requires_grad]}
+
+
+def idle_or_block(weight, kind):
+    if kind == "no parameters":
+        return nn.Tanh()
+    return Block(weight).requires_grad_(kind != "frozen")
+
+
+def refusals(ex, weights, cuts, schedule, x, targets):
+    """What each rank says."""
+    stage = own_stage(weights, cuts)
+    try:
+        ex.run_pipeline(stage, schedule, x, targets, F.mse_loss)
+    except ValueError as error:
+        return str(error)
+    return "no ValueError"
 
 
 def run_own_plan(ex, weights, schedule_name, n_micro, x, targets):
@@ -253,7 +295,14 @@ ONE_F_ONE_B = [
     parse("F0 F1 B0 F2 B1 F3 B2 B3"),
     parse("F0 B0 F1 B1 F2 B2 F3 B3"),
 ]
-CUTS = {2: [0, 3, 7], 3: [0, 2, 4, 7]}
+# Each rank plans otherwise, and neither forwards nor backwards come in the order of their numbers.
+MIXED = [
+    parse("F2 F0 F3 F1 B0 B2 B1 B3"),
+    parse("F2 F0 F3 B0 B2 F1 B1 B3"),
+    parse("F2 F0 B0 F3 B2 F1 B1 B3"),
+]
+ALONE = [parse("F0 F1 B0 F2 B2 B1")]
+CUTS = {1: [0, 7], 2: [0, 3, 7], 3: [0, 2, 4, 7]}
 
 
 def randn(rng, *shape):
@@ -267,50 +316,77 @@ def model_and_batches(rng, n_batches=1):
     return weights, [(randn(rng, *shape), randn(rng, *shape)) for _ in range(n_batches)]
 
 
-def on_one_rank(weights, batches):
+def on_one_rank(stages, batches, loss_fn=F.mse_loss):
     """The oracle: the whole model on whole batches."""
-    model = nn.Sequential(*(Block(weight) for weight in weights))
-    losses = []
+    model, losses = nn.Sequential(*stages), []
     for x, targets in batches:
-        loss = F.mse_loss(model(x), targets)
-        loss.backward()
+        loss = loss_fn(model(x), targets)
+        if loss.requires_grad:
+            loss.backward()
         losses.append(loss.detach())
-    return losses, [p.grad for p in model.parameters()]
+    return losses, [p.grad for p in model.parameters() if p.requires_grad]
 
 
-def check(ranks, weights, batches):
-    losses, grads = on_one_rank(weights, batches)
+def check(ranks, stages, batches, loss_fn=F.mse_loss):
+    losses, grads = on_one_rank(stages, batches, loss_fn)
     nowhere = [None] * len(batches)
     assert_close([r["losses"] for r in ranks], [nowhere] * (len(ranks) - 1) + [losses])
     assert_close([grad for r in ranks for grad in r["grads"]], grads)
 
 
 @pytest.mark.parametrize(
-    "schedule", [GPIPE, GPIPE_REVERSED, ONE_F_ONE_B], ids=["GPipe", "GPipe reversed", "1F1B"]
+    "schedule",
+    [GPIPE, GPIPE_REVERSED, ONE_F_ONE_B, MIXED, ALONE],
+    ids=["GPipe", "GPipe reversed", "1F1B", "another on each rank", "one stage alone"],
 )
 def test_gives_the_loss_and_the_gradients_of_the_whole_batch(attempt, rng, schedule):
     weights, batches = model_and_batches(rng)
     n = len(schedule)
 
-    ranks = attempt.ranks(n)(run_batches, weights, CUTS[n], schedule, batches)
+    ranks = attempt.ranks(n)(run_batches, weights, CUTS[n], [schedule], batches)
 
-    check(ranks, weights, batches)
+    check(ranks, map(Block, weights), batches)
 
 
 def test_adds_its_gradients_to_those_of_an_earlier_batch(attempt, rng):
-    weights, batches = model_and_batches(rng, n_batches=2)
+    weights, batches = model_and_batches(rng, n_batches=3)
+    batches[1] = tuple(each[:4] for each in batches[1])  # shorter, and longer again
+    schedules = [GPIPE, GPIPE, GPIPE_REVERSED]
 
-    ranks = attempt.ranks(2)(run_batches, weights, CUTS[2], GPIPE, batches)
+    ranks = attempt.ranks(2)(run_batches, weights, CUTS[2], schedules, batches)
 
-    check(ranks, weights, batches)
+    check(ranks, map(Block, weights), batches)
+
+
+def test_takes_targets_of_another_shape_and_dtype_than_x(attempt, rng):
+    weights, [(x, _)] = model_and_batches(rng)
+    labels = torch.randint(D_MODEL, (BATCH, SEQ_LEN), generator=rng)
+
+    ranks = attempt.ranks(2)(run_labels, weights, CUTS[2], GPIPE, x, labels)
+
+    check(ranks, map(Block, weights), [(x, labels)], label_loss)
+
+
+@pytest.mark.parametrize(
+    "idle",
+    [{0: "no parameters"}, {0: "frozen", 1: "no parameters"}, {2: "no parameters"}],
+    ids=["the first", "the first two", "the last"],
+)
+def test_runs_stages_that_have_nothing_to_learn(attempt, rng, idle):
+    weights, [(x, targets)] = model_and_batches(rng)
+
+    ranks = attempt.ranks(3)(run_with_idle, weights, idle, ONE_F_ONE_B, x, targets)
+
+    stages = [idle_or_block(weights[rank], idle.get(rank)) for rank in range(3)]
+    check(ranks, stages, [(x, targets)])
 
 
 def test_passes_on_outputs_that_are_not_contiguous(attempt, rng):
     weights, batches = model_and_batches(rng)
 
-    ranks = attempt.ranks(2)(run_batches, weights, CUTS[2], GPIPE, batches, turned=True)
+    ranks = attempt.ranks(2)(run_batches, weights, CUTS[2], [GPIPE], batches, turned=True)
 
-    check(ranks, weights, batches)
+    check(ranks, map(Block, weights), batches)
 
 
 def test_lets_go_of_a_micro_batch_after_its_backward(attempt, rng):
@@ -329,12 +405,12 @@ def test_trains_on_its_own_stages_and_its_own_schedule(attempt, rng):
 
     ranks = attempt.ranks(2)(run_own_plan, weights, "1F1B", 6, *batches[0])
 
-    check(ranks, weights, batches)
+    check(ranks, map(Block, weights), batches)
 
 
-def test_refuses_a_batch_that_cannot_be_divided(attempt, rng):
+def test_refuses_on_every_rank_a_batch_that_cannot_be_divided(attempt, rng):
     weights, [(x, targets)] = model_and_batches(rng)
-    batches = [(x[:-1], targets[:-1])]
 
-    with pytest.raises(ValueError, match=r"\d"):
-        attempt.ranks(2)(run_batches, weights, CUTS[2], GPIPE, batches)
+    said = attempt.ranks(2)(refusals, weights, CUTS[2], GPIPE, x[:-1], targets[:-1])
+
+    assert all(re.search(r"\d", each) for each in said), f"rank by rank: {said}"
