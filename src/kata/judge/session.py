@@ -204,4 +204,6 @@ def _settle_hypothesis(seed: int, root: Path) -> None:
     core.global_force_seed = seed or None  # type: ignore[assignment]
     # It also draws from the constants of all local modules that happen to be loaded, so that a
     # verdict would hang on which exercises this process has seen, and on the learner's own numbers.
-    providers._get_local_constants = lambda: providers._local_constants
+    none = providers.Constants()  # type: ignore[attr-defined]
+    providers._get_local_constants = lambda: none
+    providers.CONSTANTS_CACHE.cache.clear()  # of what ran before, to warm up
