@@ -17,9 +17,9 @@ WITHOUT = ["torch.nn.functional.scaled_dot_product_attention"]
 N_KV_HEADS, HEAD_DIM = 2, 3
 
 
-def tokens(rng, n, dtype=torch.float64):
+def tokens(rng, n, dtype=torch.float64, head_dim=HEAD_DIM):
     """Keys and values of n tokens."""
-    shape = (N_KV_HEADS, n, HEAD_DIM)
+    shape = (N_KV_HEADS, n, head_dim)
     return tuple(torch.randn(shape, generator=rng, dtype=torch.float64).to(dtype) for _ in range(2))
 
 
@@ -283,24 +283,26 @@ def test_keeps_its_dtype(attempt, rng, dtype):
 # --- attention -----------------------------------------------------------------------------------
 
 
-def paged(rng, lengths, block_size, n_heads=4, rest=float("nan"), dtype=torch.float64):
+def paged(
+    rng, lengths, block_size, n_heads=4, rest=math.nan, dtype=torch.float64, head_dim=HEAD_DIM
+):
     """Sequences in blocks in a random order, with `rest` in all that is nobody's; and in a row."""
     needed = [math.ceil(n / block_size) for n in lengths]
     n_blocks = sum(needed) + 2
     order = torch.randperm(n_blocks, generator=rng).tolist()
-    shape = (n_blocks, N_KV_HEADS, block_size, HEAD_DIM)
+    shape = (n_blocks, N_KV_HEADS, block_size, head_dim)
     keys, values = (torch.full(shape, rest, dtype=dtype) for _ in range(2))
     tables = torch.randint(n_blocks, (len(lengths), max(needed) + 1), generator=rng)
     rows = []
     for i, n in enumerate(lengths):
-        k, v = tokens(rng, n, dtype)
+        k, v = tokens(rng, n, dtype, head_dim)
         for j in range(needed[i]):
             tables[i, j] = block = order.pop()
             part = slice(j * block_size, min((j + 1) * block_size, n))
             keys[block, :, : part.stop - part.start] = k[:, part]
             values[block, :, : part.stop - part.start] = v[:, part]
         rows.append((k, v))
-    shape = (len(lengths), n_heads, HEAD_DIM)
+    shape = (len(lengths), n_heads, head_dim)
     q = torch.randn(shape, generator=rng, dtype=torch.float64).to(dtype)
     return (q, keys, values, tables, torch.tensor(lengths)), rows
 
@@ -340,7 +342,10 @@ def test_scores_may_be_very_low(attempt, rng):
 
 def test_keeps_nothing_from_one_call_to_the_next(attempt, rng):
     several = [
-        paged(rng, lengths, size) for lengths, size in (([2, 5], 2), ([7], 4), ([3, 9, 1], 2))
+        paged(rng, [2, 5], 2),
+        paged(rng, [7], 4, head_dim=8),
+        paged(rng, [3, 9, 1], 2, dtype=torch.float32, head_dim=5),
+        paged(rng, [3, 9, 1], 2),
     ]
 
     out = attempt(attend_in_turn, *(call for call, _ in several))
