@@ -22,7 +22,7 @@ from kata.judge.child import Request, judge_all
 from kata.judge.server import warm
 warm()
 requests = [msgspec.json.decode(line, type=Request) for line in sys.stdin]
-reports = {which: report for which, report, _ in judge_all(requests, 2)}
+reports = {which: report for which, report, _ in judge_all(requests, 2, sys.argv[2] == "together")}
 with open(sys.argv[1], "wb") as file:
     for which in sorted(reports):
         file.write(msgspec.json.encode(reports[which]) + b"\\n")
@@ -61,7 +61,7 @@ def double(x):
 """
 
 
-def judged(root, sources, options=()):
+def judged(root, sources, options=(), together=False):
     """The reports on several texts, judged by one process."""
     lines = []
     for i, text in enumerate(sources):
@@ -71,17 +71,18 @@ def judged(root, sources, options=()):
         request = {"root": str(root), "stem": "ex05_doubling", "submission": str(path)}
         lines.append(msgspec.json.encode(request | {"options": list(options)}) + b"\n")
     answers = root / "reports"
-    command = [sys.executable, "-c", JUDGE, str(answers)]
+    command = [sys.executable, "-c", JUDGE, str(answers), "together" * together]
     subprocess.run(command, input=b"".join(lines), capture_output=True, check=True)
     return [msgspec.json.decode(line, type=Report) for line in answers.read_bytes().splitlines()]
 
 
-@pytest.fixture(scope="module", params=["here", "isolated"])
+@pytest.fixture(scope="module", params=["here", "isolated", "together"])
 def reports(request, tmp_path_factory):
     root = tmp_path_factory.mktemp("small")
     make_project(root)
     options = ["--time-limit", "2"] + ["--isolate"] * (request.param == "isolated")
-    found = judged(root, [FILE.format(body) for body in BODIES.values()], options)
+    sources = [FILE.format(body) for body in BODIES.values()]
+    found = judged(root, sources, options, request.param == "together")
     return dict(zip(BODIES, found, strict=True))
 
 

@@ -17,7 +17,7 @@ def judged(monkeypatch):
     """The jobs that were judged: the reference and what is accepted pass, the others fail."""
     jobs = []
 
-    def judge_all(requests, at_once):
+    def judge_all(requests, at_once, together):
         for which, request in enumerate(requests):
             jobs.append(request)
             yield which, report_of(request), 0.1

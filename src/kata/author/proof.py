@@ -120,7 +120,7 @@ def prove(
         warm(sorted({name for which in open_ones for name in outside(every[which].exercise)}))
         torch.set_num_threads(1)  # there are as many children as cores, and more threads only wait
         jobs = [every[which].job for which in open_ones]
-        for number, report, seconds in judge_all(jobs, os.cpu_count() or 1):
+        for number, report, seconds in judge_all(jobs, os.cpu_count() or 1, together=True):
             claim = every[open_ones[number]]
             if not claim.check(report):  # what contradicts a claim is looked at again
                 keep(claim.job, report)

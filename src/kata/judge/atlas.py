@@ -18,9 +18,10 @@ from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 LIMIT = 1 << 30  # bytes; beyond, what was put in first goes
+MEMORY = 256 << 20  # bytes that a process keeps at hand
 LARGEST = 16 << 20  # bytes of one entry; what is larger is not kept
 PATIENCE = 2.0  # seconds to wait for another process that writes
 LIBRARIES = ("torch", "numpy", "jax", "transformers")
@@ -36,8 +37,10 @@ T = TypeVar("T")
 class Atlas:
     """Bytes by key. What is put is written by `flush`, in one transaction."""
 
+    _opened: ClassVar[dict[Path, Atlas]] = {}
+
     def __init__(self, path: Path, limit: int = LIMIT) -> None:
-        self.path, self.limit = path, limit
+        self.path, self.limit, self._held = path, limit, 0
         self._new: dict[bytes, bytes] = {}
         self._known: dict[bytes, bytes] = {}
         self._database: sqlite3.Connection | None = None
@@ -45,23 +48,31 @@ class Atlas:
 
     @classmethod
     def of(cls, root: Path) -> Atlas:
-        """The project's."""
-        return cls(root / ".cache" / "kata" / "atlas.sqlite")
+        """The project's: one for all that this process judges."""
+        path = root / ".cache" / "kata" / "atlas.sqlite"
+        return cls._opened.setdefault(path, cls(path))
 
     def get(self, key: bytes) -> bytes | None:
-        if key not in self._known:
-            query = "SELECT data FROM entry JOIN content USING (digest) WHERE key = ?"
-            row = self._ask(lambda database: database.execute(query, (key,)).fetchone())
-            if row is None:
-                return None
-            self._known[key] = row[0]
-        return self._known[key]
+        if (known := self._known.get(key)) is not None:
+            return known
+        query = "SELECT data FROM entry JOIN content USING (digest) WHERE key = ?"
+        row = self._ask(lambda database: database.execute(query, (key,)).fetchone())
+        if row is None:
+            return None
+        self._remember(key, row[0])
+        return bytes(row[0])
 
-    def put(self, key: bytes, data: bytes, lasting: bool = True) -> None:
-        """Not lasting: for this process alone."""
-        self._known[key] = data
-        if lasting and len(data) <= LARGEST:
+    def put(self, key: bytes, data: bytes) -> None:
+        self._remember(key, data)
+        if len(data) <= LARGEST:
             self._new[key] = data
+
+    def _remember(self, key: bytes, data: bytes) -> None:
+        self._held += len(data)
+        if self._held > MEMORY and not self._new:
+            self._known.clear()
+            self._held = len(data)
+        self._known[key] = data
 
     def flush(self) -> None:
         """Write what is new. What can't be written now is lost, and will be made again."""

@@ -11,7 +11,7 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import cast
 import msgspec
 import pytest
 
+from kata.attempt.ranks import RankServer
 from kata.attempt.scratch import Scratch
 from kata.attempt.warm import processor_time, silence, warm_up
 from kata.attempt.worker import ForkServer
@@ -32,7 +33,8 @@ from kata.judge.submission import refusal
 
 NAMING = 600.0  # seconds for the names: what is slow to name is kept for the next time
 MESSAGE = 64 << 20  # bytes of a child's message
-QUIET = ["-p", "no:terminal", "-p", "no:cacheprovider", "-p", "no:faulthandler", "-p", "no:logging"]
+UNUSED = ("terminal", "cacheprovider", "faulthandler", "logging", "unraisableexception")
+QUIET = [option for name in UNUSED for option in ("-p", f"no:{name}")]
 
 Message = Plan | Starts | SpecReport | Report
 
@@ -57,11 +59,12 @@ class Request(msgspec.Struct):
         return Request(self.root, self.stem, str(self.exercise.solution), [*self.options, *more])
 
 
-def judge(request: Request, client: Connection | None = None) -> Report:
+def judge(request: Request, client: Connection | None = None, more: bool = False) -> Report:
     """Run the specs of one exercise in this process.
 
     With a client: read the specs, wait for its word, and tell it what happens: the plan, each spec
-    that starts and how it went, and what failed before the mistake has its name.
+    that starts and how it went, and what failed before the mistake has its name. More: other
+    versions will be judged here, and use the ranks that this one has started.
     """
     judges: list[sessions.Judge] = []
 
@@ -81,6 +84,8 @@ def judge(request: Request, client: Connection | None = None) -> Report:
         @pytest.hookimpl(tryfirst=True)
         def pytest_runtestloop(self, session: pytest.Session) -> None:
             tell(Plan([item.name for item in session.items]))
+            if more:
+                RankServer.current = judges[-1].rank_server
             if client:
                 client.recv_bytes()
 
@@ -106,17 +111,15 @@ class Child:
     """A forked child, which reads the specs of its request and waits. It is used once.
 
     It leads a process group, so that all that it starts ends with it, and what it prints goes
-    nowhere. In the foreground it has the terminal, for breakpoints, and shares our group.
+    nowhere. In the foreground it has the terminal, for breakpoints, and shares our group. With
+    `more` it judges further versions of the exercise, which nobody distrusts, and has to be ended.
     """
 
-    def __init__(self, request: Request, ahead: bool = False, foreground: bool = False) -> None:
-        self.request, self.foreground = request, foreground
-        self.started, self.running = 0.0, ""
-        self.sofar = Report(request.stem, request.submission)
-        self._plan: list[str] = []
-        self._limit = self._began = self._computed = 0.0  # of the spec that runs
-        self._specs = _version(request)
-        self._due = time.monotonic() + SETTING_UP
+    def __init__(
+        self, request: Request, ahead: bool = False, foreground: bool = False, more: bool = False
+    ) -> None:
+        self.foreground, self.more = foreground, more
+        self._expect(request)
         self._scratch = Scratch("run")  # for what it would leave behind if it were killed
         if "--isolate" in request.options:
             ForkServer.start()  # one for all children, else each would start its own
@@ -144,10 +147,34 @@ class Child:
             if ahead and "multiprocess" not in self.request.exercise.suites:
                 warm_up(self.request.exercise)
                 get_ready(self.request.exercise)
-            report = judge(self.request, client)
+            report = judge(self.request, client, self.more)
         with silence():  # what gloo's threads say as they end
             client.send_bytes(msgspec.msgpack.encode(report))
+            while self.more:
+                request = msgspec.msgpack.decode(client.recv_bytes(), type=Request)
+                client.send_bytes(msgspec.msgpack.encode(judge(request, client, self.more)))
             os._exit(0)
+
+    def _expect(self, request: Request) -> None:
+        """Nothing is known of this request yet."""
+        self.request = request
+        self.started, self.running = 0.0, ""
+        self.sofar = Report(request.stem, request.submission)
+        self._plan: list[str] = []
+        self._limit = self._began = self._computed = 0.0  # of the spec that runs
+        self._specs = _version(request)
+        self._due = time.monotonic() + SETTING_UP
+
+    def another(self, request: Request) -> None:
+        """Judge a further version of the exercise."""
+        self._expect(request)
+        with suppress(OSError):  # receive() will tell
+            self.connection.send_bytes(msgspec.msgpack.encode(request))
+        self.start()
+
+    @property
+    def is_alive(self) -> bool:
+        return not self.connection.closed
 
     def fits(self, request: Request) -> bool:
         """Whether it has read the specs of this request as they are now."""
@@ -193,7 +220,8 @@ class Child:
         else:
             self.sofar, self.running, self._due = message, "", time.monotonic() + NAMING
             if not message.naming:
-                self.end()
+                if not self.more:
+                    self.end()
                 self._complete(message)
         return message
 
@@ -268,15 +296,26 @@ def _how(status: int) -> str:
     return f"left with status {os.waitstatus_to_exitcode(status)}"
 
 
-def judge_all(requests: list[Request], at_once: int) -> Iterator[tuple[int, Report, float]]:
-    """Judge many in children of this process: (which, its report, seconds), as they finish."""
+def judge_all(
+    requests: list[Request], at_once: int, together: bool = False
+) -> Iterator[tuple[int, Report, float]]:
+    """Judge many in children of this process: (which, its report, seconds), as they finish.
+
+    Together: a child judges all requests of an exercise, as long as it lives.
+    """
     running: dict[Connection, tuple[int, Child]] = {}
     waiting = list(enumerate(requests))
+
+    def take(wanted: Callable[[str], bool]) -> tuple[int, Request] | None:
+        found = next((i for i, (_, r) in enumerate(waiting) if wanted(r.stem)), None)
+        return None if found is None else waiting.pop(found)
+
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
-                which, request = waiting.pop(0)
-                child = Child(request)
+                busy = {child.request.stem for _, child in running.values() if together}
+                which, request = take(lambda stem: stem not in busy) or waiting.pop(0)  # noqa: B023
+                child = Child(request, more=together)
                 child.start()
                 running[child.connection] = which, child
             limits = [c.left for _, c in running.values() if c.left is not None]
@@ -285,9 +324,16 @@ def judge_all(requests: list[Request], at_once: int) -> Iterator[tuple[int, Repo
             for connection in {*ready, *overdue}:
                 which, child = running[cast("Connection", connection)]
                 report = child.receive(0.0)
-                if isinstance(report, Report) and not report.naming:
-                    del running[child.connection]
-                    yield which, report, time.perf_counter() - child.started
+                if not isinstance(report, Report) or report.naming:
+                    continue
+                yield which, report, time.perf_counter() - child.started
+                del running[child.connection]
+                stem = child.request.stem
+                if child.is_alive and (following := take(lambda other: other == stem)):  # noqa: B023
+                    child.another(following[1])
+                    running[child.connection] = following[0], child
+                else:
+                    child.end()
     finally:
         for _, child in running.values():
             child.end()

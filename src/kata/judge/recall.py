@@ -125,4 +125,4 @@ def _next(key: bytes, past: Attempted) -> bytes:
         (d.result, d.changed, d.reached, d.left, (p.types, p.message) if (p := d.problem) else None)
         for d in past.done
     ]
-    return digest_of(key, came)
+    return digest_of(key, msgspec.msgpack.encode(came))

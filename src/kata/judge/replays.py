@@ -35,6 +35,7 @@ class Replays:
         self._files = [exercise.spec, *(parts / f"{stem}.py" for stem in exercise.parts)]
         self._stamp = _stamp(exercise)
         self._places: dict[Path, Place] = {}
+        self._uncertain: dict[bytes, bytes] = {}
 
     def __call__(self, variant: Variant | None, past: Attempted) -> list[Done]:
         path, source = _version(self.exercise, variant, self._stamp)
@@ -45,11 +46,14 @@ class Replays:
 
     def known(self, source: bytes, job: Job) -> list[Done] | None:
         """What the version with this source is known to do."""
-        data = self.atlas.get(self._key(source, job))
+        key = self._key(source, job)
+        data = self._uncertain.get(key) or self.atlas.get(key)
         return msgspec.msgpack.decode(data, type=list[Done]) if data else None
 
     def keep(self, source: bytes, job: Job, done: list[Done], lasting: bool = True) -> None:
-        self.atlas.put(self._key(source, job), msgspec.msgpack.encode(done), lasting)
+        """Not lasting: for this verdict alone."""
+        put = self.atlas.put if lasting else self._uncertain.__setitem__
+        put(self._key(source, job), msgspec.msgpack.encode(done))
 
     def _perform(self, path: Path, past: Attempted) -> tuple[list[Done], bool]:
         """What comes of it, and whether it always would.
@@ -68,11 +72,17 @@ class Replays:
             return [Done(problem=Problem(["OutOfTime"], str(error)))], busy > limit / 2
 
     def _key(self, source: bytes, job: Job) -> bytes:
-        return digest_of(self.surroundings, source, job.run, job.call, job.seed, job.ranks)
+        asked = _digest_of_job(job.run, job.call, job.seed, job.ranks)
+        return digest_of(self.surroundings, _digest_of_source(source), asked)
 
     @cached_property
     def surroundings(self) -> bytes:
         return surroundings(self._files)
+
+
+# The same versions are asked for the same attempts many times.
+_digest_of_job = lru_cache(maxsize=4096)(digest_of)
+_digest_of_source = lru_cache(maxsize=256)(digest_of)
 
 
 def get_ready(exercise: Exercise) -> None:

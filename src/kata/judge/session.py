@@ -37,7 +37,7 @@ class Judge:
         self.explain: Callable[[Detail], str] = lambda detail: detail.message
         self.tell: Callable[[Starts | SpecReport], None] | None = None
         self._stderr = os.dup(2)  # pytest captures nothing yet
-        self._rank_server: RankServer | None = None
+        self.rank_server: RankServer | None = None
         self._asked: dict[Path, set[str]] = {}
         self._ended: dict[Path, str] = {}  # why the other specs of a file are not tried
 
@@ -47,9 +47,9 @@ class Judge:
 
     def launch(self, launch: Launch) -> list[Done]:
         """Attempt on ranks."""
-        if self._rank_server is None:
+        if self.rank_server is None:
             raise RuntimeError("a spec that uses attempt.ranks needs the mark multiprocess")
-        return self._rank_server.run(launch)
+        return self.rank_server.run(launch)
 
     def bench(self, module: Any) -> Bench:
         path = Path(module.__file__)
@@ -81,7 +81,7 @@ class Judge:
             self._asked.setdefault(item.path, set()).add(getattr(item, "originalname", item.name))
         # The one moment at which ranks can be forked: all is imported, nothing has run.
         if any(item.get_closest_marker("multiprocess") for item in session.items):
-            self._rank_server = RankServer.current or RankServer()
+            self.rank_server = RankServer.current or RankServer()
 
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         if catalog.of_spec(item.path) is None:
@@ -166,8 +166,8 @@ class Judge:
             bench.report.seconds += time.perf_counter() - start
             bench.close()
         write_mistakes(session.config, self.reports)
-        if self._rank_server and self._rank_server is not RankServer.current:
-            self._rank_server.close()
+        if self.rank_server and self.rank_server is not RankServer.current:
+            self.rank_server.close()
         os.close(self._stderr)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
