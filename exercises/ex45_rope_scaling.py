@@ -96,7 +96,7 @@ def yarn_frequencies(
     The ramp rᵢ is 0 up to place(beta_fast), rounded down to a whole number and at least 0. It
     is 1 from place(beta_slow) on, rounded up and at most head_dim − 1: not the last place of a
     pair, head_dim / 2 − 1, but so it was published. Between them it grows evenly with i. Where
-    both ends are one place, it is 0 up to there and 1 behind.
+    the second end is not behind the first, it is 0 up to the first and 1 behind.
 
     All else as in linear_frequencies.
     """

@@ -49,6 +49,10 @@ def gradients(ex, inputs, grad_y, wanted=NAMES):
     return dict(zip(wanted, grad(y, of, grad_y), strict=True))
 
 
+def gradients_in_turn(ex, *calls):
+    return [gradients(ex, *call) for call in calls]
+
+
 def two_backward_passes(ex, inputs, grad_y):
     """The gradients of a first and of a second pass over one graph."""
     y = ex.MLP.apply(*(t.requires_grad_() for t in inputs))
@@ -308,6 +312,14 @@ def test_keeps_the_dtype_of_its_inputs(attempt, rng, dtype):
     tolerance = 8 * torch.finfo(dtype).eps * largest
     expected = {name: t.detach().to(dtype) for name, t in expected.items()}
     assert_close({"y": y, **grads}, expected, atol=tolerance)
+
+
+def test_is_as_exact_after_a_call_in_half_precision(attempt, rng):
+    coarse, fine = make(rng, 5, dtype=torch.bfloat16), make(rng, 5)
+
+    _, grads = attempt(gradients_in_turn, coarse, fine)
+
+    assert_close(grads, gradients(oracle, *fine), **EXACT)
 
 
 # What does not fit: the name in the message, and the shapes of w1 and of w2.

@@ -169,6 +169,14 @@ def test_yarn_takes_a_step_where_both_ends_of_its_ramp_are_one_place(attempt):
     assert_close(found, expected, **FLOAT32)
 
 
+def test_yarn_takes_a_step_where_no_pair_turns_once(attempt):
+    found = attempt(frequencies_of, "yarn", 24, 500.0, 4.0, 3)  # the second end at −1
+
+    expected = by_the_formula("linear", 24, 500.0, 4.0)
+    expected[0] = 1.0
+    assert_close(found, expected, rtol=1e-12, atol=0.0)
+
+
 @pytest.mark.parametrize(
     ("scaling", "lengths"),
     [("linear", ()), ("dynamic_ntk", (512, 700)), ("llama3", (512,)), ("yarn", (5000,))],
