@@ -143,7 +143,7 @@ class MultiHeadLatentAttention(nn.Module):
         cache:       with `length` tokens so far, in the dtype of x; None for a run without
         returns:     (batch, n_new, d_model), dtype of x
 
-        The new tokens join the cache: for each its latent behind the norm, and its rotary key as it
+        The new tokens join the cache, for each its latent behind the norm, and its rotary key as it
         is turned, at positions length, length + 1, … (from 0 without a cache). Nothing else is
         kept: what stands in the cache decides, whoever wrote it there. Angles are float64, whatever
         the dtype of x; all else may be rounded to that. Scores of any size that it can hold give
@@ -173,7 +173,7 @@ def absorb(
     returns: attend(x, frequencies, cache=None), with the arguments, the result and the cache of
              layer.forward, up to rounding; the two may take turns on one cache
 
-    Keys and values of the heads are never made: one more token in the cache costs a new one
+    Of what is in the cache no head's keys or values are made: one more token there costs a new one
     n_heads · 2·(kv_rank + rope_dim + kv_rank) flops at most, where forward makes that token's keys
     and values anew. The layer stays as it was. Free: whether W_uk and W_uv are multiplied into
     their neighbours once, or each new token passes through both; whether gradients are recorded;

@@ -88,17 +88,16 @@ def attend_and_differentiate(ex, sizes, weights, x, frequencies, grad, factor):
     return {"x": x.grad} | {name: p.grad for name, p in layer.named_parameters()}
 
 
-def attend_in_turn(ex, sizes, several, frequencies, way):
-    """Two layers, each with a text and a cache of its own, token by token in turn."""
-    layers = [new_layer(ex, sizes, weights) for weights, _ in several]
+def attend_in_turn(ex, sizes, several, texts, frequencies, way):
+    """Each layer writes every text, all with caches of their own, token by token in turn."""
+    layers = [new_layer(ex, sizes, weights) for weights in several]
     runs = [layer if way == "forward" else ex.absorb(layer) for layer in layers]
-    caches = [new_cache(ex, sizes, len(x), x.shape[1]) for _, x in several]
-    outs = [[] for _ in several]
+    all_of_them = [(run, x, new_cache(ex, sizes, *x.shape[:2]), []) for x in texts for run in runs]
     with torch.no_grad():
-        for t in range(several[0][1].shape[1]):
-            for (_, x), run, cache, out in zip(several, runs, caches, outs, strict=True):
+        for t in range(texts[0].shape[1]):
+            for run, x, cache, out in all_of_them:
                 out.append(run(x[:, t : t + 1], frequencies, cache))
-    return [torch.cat(out, dim=1) for out in outs]
+    return [torch.cat(out, dim=1) for *_, out in all_of_them]
 
 
 def attend_again(ex, sizes, weights, texts, way):
@@ -117,15 +116,20 @@ def attend_again(ex, sizes, weights, texts, way):
     return outs
 
 
-def absorb_and_look(ex, sizes, weights, x, frequencies):
-    """The layer before and after an absorbed one was made of it and used."""
+def absorb_and_look(ex, sizes, weights, x, frequencies, mode):
+    """The layer before and after an absorbed one was made of it and used: results, flops, mode."""
     layer = new_layer(ex, sizes, weights)
-    before = layer(x, frequencies)
-    ex.absorb(layer)(x, frequencies)
-    layer(x, frequencies).sum().backward()
+    layer.train(mode)
+    seen = []
+    for _ in range(2):
+        with counting() as counter:
+            out = layer(x, frequencies)
+        seen.append([out.detach(), counter.get_total_flops(), layer.training])
+        ex.absorb(layer)(x, frequencies)
+    out.sum().backward()
     state = {name: value.detach() for name, value in layer.state_dict().items()}
     learns = {name: p.grad is not None for name, p in layer.named_parameters()}
-    return before, layer(x, frequencies), state, learns
+    return *seen, state, learns
 
 
 def shapes(ex, sizes):
@@ -157,15 +161,20 @@ def append_wrong(ex, sizes, first, wrong, second):
 
 
 def append_and_overwrite(ex, sizes, pairs):
-    """The caller uses its memory again after two calls, and the cache grows after that."""
-    cache = new_cache(ex, sizes, len(pairs[0][0]), 9)
+    """The caller uses its memory again after two calls, and the cache grows after that.
+
+    Another cache is full with the first call.
+    """
+    batch, n, _ = pairs[0][0].shape
+    cache, full = new_cache(ex, sizes, batch, 9), new_cache(ex, sizes, batch, n)
     mine = [[x.clone() for x in pair] for pair in pairs[:2]]
-    first = [x.clone() for x in cache.append(*mine[0])]
+    full.append(*mine[0])
+    cache.append(*mine[0])
     cache.append(*mine[1])
     for pair in mine:
         for x in pair:
             x.zero_()
-    return first, cache.append(*pairs[2])
+    return kept(full, sizes, batch), cache.append(*pairs[2])
 
 
 def reserved(ex, batch, max_len, kv_rank, rope_dim, dtype):
@@ -199,13 +208,13 @@ def flops_of_texts(ex, sizes, weights, texts, frequencies):
     return counts
 
 
-def flops_of_steps(ex, sizes, weights, x, frequencies, starts, n_new):
-    """The flops of n_new tokens, absorbed, after so many others are in the cache."""
+def flops_of_steps(ex, sizes, weights, x, frequencies, steps, n_new, way):
+    """The flops of n_new tokens, for each number of tokens before them and each room."""
     layer = new_layer(ex, sizes, weights)
-    run, counts = ex.absorb(layer), []
+    run, counts = layer if way == "forward" else ex.absorb(layer), []
     with torch.no_grad():
-        for start in starts:
-            cache = new_cache(ex, sizes, len(x), 90)
+        for start, room in steps:
+            cache = new_cache(ex, sizes, len(x), room)
             layer(x[:, :start], frequencies, cache)
             with counting() as counter:
                 run(x[:, start : start + n_new], frequencies, cache)
@@ -392,8 +401,7 @@ def test_copies_what_it_is_given(attempt, rng):
 
     first, last = attempt(append_and_overwrite, SIZES, parts)
 
-    assert_close(list(first), [latents[:, :3], rope_keys[:, :3]])
-    assert_close(list(last), [latents, rope_keys])
+    assert_close((first, last), ((latents[:, :3], rope_keys[:, :3]), (latents, rope_keys)))
 
 
 def test_takes_no_new_memory_for_a_token_or_a_reset(attempt, rng):
@@ -560,7 +568,7 @@ def test_reads_what_stands_in_the_cache_whoever_wrote_it(attempt, rng, n_new, wa
 @pytest.mark.parametrize("way", WAYS)
 def test_sees_nothing_of_the_future_however_low_the_past_scores(attempt, rng, way):
     weights, frequencies = make_weights(rng), make_frequencies()
-    weights["q_b_proj.weight"] *= 1e11
+    weights["q_b_proj.weight"] *= 1e60
     x = randn(rng, 3, 6, 11)
 
     out = attempt(attend, SIZES, weights, x, frequencies, way)
@@ -581,13 +589,13 @@ def test_takes_an_x_of_any_layout(attempt, rng, way):
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_keeps_two_layers_and_two_caches_apart(attempt, rng, way):
+def test_keeps_layers_and_caches_apart(attempt, rng, way):
     frequencies = make_frequencies()
-    several = [(make_weights(rng), randn(rng, 2, 4, 11)) for _ in range(2)]
+    several, texts = [make_weights(rng) for _ in range(2)], [randn(rng, 2, 4, 11) for _ in range(2)]
 
-    out = attempt(attend_in_turn, SIZES, several, frequencies, way)
+    out = attempt(attend_in_turn, SIZES, several, texts, frequencies, way)
 
-    assert_close(out, [by_definition(SIZES, w, x, frequencies) for w, x in several])
+    assert_close(out, [by_definition(SIZES, w, x, frequencies) for x in texts for w in several])
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -617,20 +625,23 @@ def test_turns_by_exact_angles_in_bfloat16(attempt, rng, way):
 
     weights = {name: w.double() for name, w in weights.items()}
     expected = by_definition(SIZES, weights, x.double(), frequencies)
-    error = (out.double() - expected).square().mean().sqrt() / expected.std()
+    error = (out.double() - expected)[:, 390:].square().mean().sqrt() / expected.std()
     assert out.dtype == torch.bfloat16
-    assert error < 0.03, f"off by {error:.3f} standard deviations at positions up to 400"
+    # Rounding to 8 bits costs 0.02 of a standard deviation here, angles of 8 bits cost 0.2.
+    assert error < 0.05, f"off by {error:.3f} standard deviations at positions 390 to 400"
 
 
-def test_absorbing_leaves_the_layer_as_it_was(attempt, rng):
+@pytest.mark.parametrize("mode", [True, False], ids=["training", "evaluation"])
+def test_absorbing_leaves_the_layer_as_it_was(attempt, rng, mode):
     weights, frequencies = make_weights(rng), make_frequencies()
 
     before, after, state, learns = attempt(
-        absorb_and_look, SIZES, weights, randn(rng, 2, 3, 11), frequencies
+        absorb_and_look, SIZES, weights, randn(rng, 2, 3, 11), frequencies, mode
     )
 
     assert_close(state, weights)
     assert_close(after, before)
+    assert after[2] == mode
     assert_close(learns, dict.fromkeys(weights, True))
 
 
@@ -655,10 +666,23 @@ def test_absorbed_makes_no_key_or_value_of_an_earlier_token(attempt, rng, n_new)
     weights, frequencies = make_weights(rng), make_frequencies()
     x = randn(rng, 2, 60, 11)
 
-    few, many = attempt(flops_of_steps, SIZES, weights, x, frequencies, [10, 50], n_new)
+    steps = [(10, 90), (50, 90)]
+    few, many = attempt(flops_of_steps, SIZES, weights, x, frequencies, steps, n_new, "absorbed")
 
     a_key = (many - few) / (2 * 40)
     enough = n_new * 3 * 2 * (14 + 6 + 14)
     assert a_key <= enough, (
         f"a token in the cache costs {n_new} new ones {a_key:g} flops; {enough} are enough"
     )
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_step_costs_what_the_tokens_so_far_cost_not_the_room(attempt, rng, way):
+    weights, frequencies = make_weights(rng), make_frequencies()
+    x = randn(rng, 2, 9, 11)
+
+    tight, wide = attempt(
+        flops_of_steps, SIZES, weights, x, frequencies, [(8, 9), (8, 500)], 1, way
+    )
+
+    assert wide == tight, f"{wide} flops with room for 500 tokens, {tight} with room for 9"
