@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -535,7 +535,8 @@ def test_keeps_what_deepseeks_layer_keeps(attempt, rng, way):
     assert_close(lengths, [0, 3, 4, 6])
 
 
-@settings(max_examples=30)
+@settings(max_examples=12)
+@example([(3, "forward"), (2, "absorbed"), (1, "forward"), (1, "absorbed")], 2, 1.25, 0)
 @given(
     chunks=st.lists(st.tuples(st.integers(1, 4), st.sampled_from(WAYS)), min_size=1, max_size=5),
     n_heads=st.sampled_from([1, 2, 4]),
@@ -613,11 +614,17 @@ def test_keeps_nothing_from_one_text_to_the_next(attempt, rng, way):
     assert_close(out, [[by_definition(SIZES, weights, *text)] * 2 for text in texts])
 
 
+# Of a standard deviation, rounding costs up to 0.017 in bfloat16 and 0.002 in float16; angles, or
+# frequencies alone, that are rounded too cost 0.12 and 0.01 at least.
+HALVES = {torch.bfloat16: 0.05, torch.float16: 0.005}
+
+
 @pytest.mark.parametrize("way", WAYS)
-def test_turns_by_exact_angles_in_bfloat16(attempt, rng, way):
-    weights = {name: w.bfloat16() for name, w in make_weights(rng).items()}
+@pytest.mark.parametrize(("dtype", "limit"), HALVES.items(), ids=map(str, HALVES))
+def test_turns_by_exact_angles_in_half_precision(attempt, rng, way, dtype, limit):
+    weights = {name: w.to(dtype) for name, w in make_weights(rng).items()}
     frequencies = torch.tensor([1.7, 0.3, 0.9], dtype=torch.float64)
-    x = randn(rng, 1, 400, 11, dtype=torch.bfloat16)
+    x = randn(rng, 1, 400, 11, dtype=dtype)
 
     out, _, _ = attempt(
         attend_in_chunks, SIZES, weights, x, frequencies, [(390, "forward"), (1, way), (9, way)]
@@ -626,9 +633,8 @@ def test_turns_by_exact_angles_in_bfloat16(attempt, rng, way):
     weights = {name: w.double() for name, w in weights.items()}
     expected = by_definition(SIZES, weights, x.double(), frequencies)
     error = (out.double() - expected)[:, 390:].square().mean().sqrt() / expected.std()
-    assert out.dtype == torch.bfloat16
-    # Rounding to 8 bits costs 0.02 of a standard deviation here, angles of 8 bits cost 0.2.
-    assert error < 0.05, f"off by {error:.3f} standard deviations at positions 390 to 400"
+    assert out.dtype == dtype
+    assert error < limit, f"off by {error:.3f} standard deviations at positions 390 to 400"
 
 
 @pytest.mark.parametrize("mode", [True, False], ids=["training", "evaluation"])
