@@ -222,7 +222,7 @@ def test_gives_each_query_a_position_for_each_kind_of_key(attempt):
     )
 
 
-@pytest.mark.parametrize("seq_len", [1, 6, 7, 12, 17, 18, 25])
+@pytest.mark.parametrize("seq_len", [1, 6, 7, 12, 17, 18, 25, 160])
 def test_puts_every_key_at_its_distance_in_a_text_of_any_length(attempt, rng, seq_len):
     q, k, v = qkv(rng, seq_len)
     frequencies = frequencies_for_specs()
@@ -342,7 +342,9 @@ def test_layer_projects_with_bias_attends_and_merges(attempt, rng, n_heads, n_kv
 
 def test_layer_reads_every_text_anew_whatever_its_length(attempt, rng):
     weights = random_weights(rng, shapes_of_a_layer())
-    texts = [randn(rng, batch, n, D_MODEL) for batch, n in ((2, 8), (1, 20), (3, 5), (2, 8))]
+    texts = [
+        randn(rng, batch, n, D_MODEL) for batch, n in ((2, 8), (1, 20), (3, 5), (3, 5), (2, 8))
+    ]
 
     outs = attempt(one_layer_for_all, weights, texts)
 

@@ -70,16 +70,19 @@ def learn(ex, weights, x, memory, grad):
 
 def remember(ex, memory, x, mem_len):
     kept = ex.update_memory(memory, x.clone().requires_grad_(), mem_len)
-    return kept, kept.requires_grad
+    if kept.grad_fn is not None:
+        return kept, "still part of the graph that made it"
+    return kept, "a leaf that asks for a gradient" if kept.requires_grad else "cut"
 
 
 def remember_and_write(ex, memory, x, mem_len):
-    """What is kept of x and of an older memory, once both have been overwritten."""
+    """What is kept of x and of an older memory, before and after both have been overwritten."""
     kept = ex.update_memory(memory, x, mem_len)
+    before = kept.clone()
     for old in (memory, x):
         if old is not None:
             old.zero_()
-    return kept
+    return before, kept
 
 
 def read(ex, weights, x, segments, mem_len):
@@ -91,6 +94,14 @@ def read(ex, weights, x, segments, mem_len):
             out, memories = model(segment, memories)
             outs.append(out)
     return torch.cat(outs, dim=1), list(memories)
+
+
+def read_on(ex, weights, x, memories):
+    """What a trained model makes of a segment after these memories, and what it remembers then."""
+    model = new_model(ex, weights, memories[0].shape[1]).eval()
+    with torch.no_grad():
+        out, memories = model(x, memories)
+    return out, list(memories)
 
 
 def read_branches(ex, weights, first, ways):
@@ -247,16 +258,21 @@ def one_pass(weights, x, segments, mem_len, learned=0):
         start += length
     seen, inputs = torch.tensor(rows), []
     for n in range(N_LAYERS):
-        own = {name.removeprefix(f"layers.{n}."): weight for name, weight in weights.items()}
-        attn = {name.removeprefix("attn."): weight for name, weight in own.items()}
         x = torch.cat((x[:, :learned].detach(), x[:, learned:]), dim=1)
         inputs.append(x)
-        x = x + direct_attention(attn, x, seen)
-        x = F.layer_norm(x, (D_MODEL,), own["norm_1.weight"], own["norm_1.bias"])
-        inner = torch.relu(F.linear(x, own["ff.w_1.weight"], own["ff.w_1.bias"]))
-        x = x + F.linear(inner, own["ff.w_2.weight"], own["ff.w_2.bias"])
-        x = F.layer_norm(x, (D_MODEL,), own["norm_2.weight"], own["norm_2.bias"])
+        x = direct_block(weights, n, x, x, seen)
     return x, inputs
+
+
+def direct_block(weights, n, x, text, seen):
+    """Layer n's result for x, the last tokens of what it has been given, `text`."""
+    own = {name.removeprefix(f"layers.{n}."): weight for name, weight in weights.items()}
+    attn = {name.removeprefix("attn."): weight for name, weight in own.items()}
+    x = x + direct_attention(attn, text, seen)
+    x = F.layer_norm(x, (D_MODEL,), own["norm_1.weight"], own["norm_1.bias"])
+    inner = torch.relu(F.linear(x, own["ff.w_1.weight"], own["ff.w_1.bias"]))
+    x = x + F.linear(inner, own["ff.w_2.weight"], own["ff.w_2.bias"])
+    return F.layer_norm(x, (D_MODEL,), own["norm_2.weight"], own["norm_2.bias"])
 
 
 # --- the specs -----------------------------------------------------------------------------------
@@ -344,6 +360,15 @@ def test_gathers_from_the_memory_and_from_the_past(attempt, rng, n_memory):
     assert_close(out, direct_attention(weights, text, causal(5, text.shape[1])))
 
 
+def test_takes_zeros_in_the_memory_for_tokens(attempt, rng):
+    weights, x = weights_of_attention(rng), randn(rng, BATCH, 5, D_MODEL)
+    memory = torch.zeros(BATCH, 3, D_MODEL, dtype=torch.float64)
+
+    out = attempt(attend, weights, x, memory)
+
+    assert_close(out, direct_attention(weights, torch.cat((memory, x), dim=1), causal(5, 8)))
+
+
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize(("dtype", "size"), [(torch.float64, 1e11), (torch.float32, 1e10)])
 def test_gathers_from_a_token_itself_however_low_it_scores(attempt, rng, dtype, size, sign):
@@ -359,8 +384,8 @@ def test_gathers_from_a_token_itself_however_low_it_scores(attempt, rng, dtype, 
 
 
 def test_attends_to_every_text_anew(attempt, rng):
-    kinds = [(5, 9, torch.float32), (4, None, torch.float64), (5, 9, torch.float64)]
-    kinds += [(2, 1, torch.float64), (6, 12, torch.float64)]
+    kinds = [(5, 9, torch.float32), (5, 9, torch.float64), (4, None, torch.float64)]
+    kinds += [(5, 9, torch.float64), (2, 1, torch.float64), (6, 12, torch.float64)]
     texts = []
     for n, n_memory, dtype in kinds:
         weights = {name: weight.to(dtype) for name, weight in weights_of_attention(rng).items()}
@@ -407,18 +432,18 @@ def test_keeps_the_dtype_of_its_inputs(attempt, rng, dtype):
     assert_close(out, expected, atol=64 * torch.finfo(dtype).eps)
 
 
-@pytest.mark.parametrize("n_memory", [None, 4])
+@pytest.mark.parametrize(("batch", "n_memory"), [(2, None), (2, 4), (1, 4)])
 @pytest.mark.parametrize("mem_len", [0, 2, 5, 30])
-def test_remembers_the_last_tokens_cut_from_the_graph(attempt, rng, n_memory, mem_len):
-    x = randn(rng, BATCH, 3, D_MODEL)
-    memory = None if n_memory is None else randn(rng, BATCH, n_memory, D_MODEL)
+def test_remembers_the_last_tokens_cut_from_the_graph(attempt, rng, batch, n_memory, mem_len):
+    x = randn(rng, batch, 3, D_MODEL)
+    memory = None if n_memory is None else randn(rng, batch, n_memory, D_MODEL)
 
-    kept, needs_gradient = attempt(remember, memory, x, mem_len)
+    kept, state = attempt(remember, memory, x, mem_len)
 
     text = x if memory is None else torch.cat((memory, x), dim=1)
     first = max(0, text.shape[1] - mem_len)
     assert_close(kept, text[:, first:])
-    assert not needs_gradient, "the memory is still part of the graph that made it"
+    assert state == "cut", f"the memory is {state}"
 
 
 @pytest.mark.parametrize(("n_memory", "mem_len"), [(None, 3), (None, 2), (4, 7), (0, 5)])
@@ -426,10 +451,9 @@ def test_remembers_in_memory_of_its_own(attempt, rng, n_memory, mem_len):
     x = randn(rng, BATCH, 3, D_MODEL)
     memory = None if n_memory is None else randn(rng, BATCH, n_memory, D_MODEL)
 
-    kept = attempt(remember_and_write, memory, x, mem_len, may_change=True)
+    before, after = attempt(remember_and_write, memory, x, mem_len, may_change=True)
 
-    text = x if memory is None else torch.cat((memory, x), dim=1)
-    assert_close(kept, text[:, -mem_len:])
+    assert_close(after, before)
 
 
 @pytest.mark.parametrize(
@@ -445,6 +469,22 @@ def test_reads_segments_as_one_pass_with_the_matching_mask(attempt, rng, segment
     expected, inputs = one_pass(weights, x, segments, mem_len)
     assert_close(out, expected)
     assert_close(memories, [y[:, max(0, sum(segments) - mem_len) :] for y in inputs])
+
+
+def test_uses_and_keeps_memories_of_any_length(attempt, rng):
+    n_memory = int(torch.randint(1100, 1500, (), generator=rng))
+    weights, x = weights_of_model(rng), randn(rng, 1, 3, D_MODEL)
+    memories = [randn(rng, 1, n_memory, D_MODEL) for _ in range(N_LAYERS)]
+
+    out, kept = attempt(read_on, weights, x, memories)
+
+    expected, remembered = x, []
+    for n, memory in enumerate(memories):
+        text = torch.cat((memory, expected), dim=1)
+        remembered.append(text[:, 3:])
+        expected = direct_block(weights, n, expected, text, causal(3, n_memory + 3))
+    assert_close(out, expected)
+    assert_close(kept, remembered)
 
 
 def test_knows_of_the_past_what_the_memories_hold_and_nothing_else(attempt, rng):

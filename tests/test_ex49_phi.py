@@ -26,6 +26,7 @@ OTHERS = {
     "one head": SIZES | {"rotary_dim": 8, "n_heads": 1},
     "eleven layers": SIZES | {"rotary_dim": 8, "n_layers": 11},
 }
+TEXTS = (2, 7), (2, 7), (1, 1)  # twice the same shape, so that nothing of the first may be kept
 
 
 # --- what is done with the code under test -------------------------------------------------------
@@ -182,7 +183,7 @@ def test_turns_the_first_features_and_leaves_the_others(attempt, rng, n_pairs):
 @pytest.mark.parametrize("form", FORMS | OTHERS)
 def test_scores_the_next_token_as_transformers_does(attempt, rng, form):
     sizes = (FORMS | OTHERS)[form]
-    weights, texts = random_weights(rng, sizes), (random_ids(rng, 2, 7), random_ids(rng, 1, 1))
+    weights, texts = random_weights(rng, sizes), [random_ids(rng, n, m) for n, m in TEXTS]
 
     out = attempt(logits, sizes, weights, *texts)
 

@@ -168,7 +168,7 @@ def test_q_sample_has_the_mean_and_the_variance_of_many_q_steps(attempt, rng):
     assert_close(spread**2, walked[:, 1:].square().sum(1))
 
 
-@pytest.mark.parametrize("shape", [(4,), (0, 3), (3, 3), (2, 1, 3, 5)])
+@pytest.mark.parametrize("shape", [(4,), (0, 3), (1, 3), (3, 3), (2, 1, 3, 5), (1, 2, 3, 5)])
 def test_both_take_samples_of_any_shape(attempt, rng, shape):
     x, noise, betas = 50 * randn(rng, *shape), randn(rng, *shape), some_betas(rng, 7)
     t = torch.randint(7, shape[:1], generator=rng)
