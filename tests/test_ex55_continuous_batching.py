@@ -2,6 +2,7 @@
 
 import gc
 import math
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
@@ -293,23 +294,42 @@ def cost(ex, sizes, weights, limits, requests, eos=None):
     return steps
 
 
+@contextmanager
+def bounded(ex):
+    """Inside, an engine that goes on and on is stopped."""
+    step, left = ex.Engine.step, iter(range(MOST_STEPS))
+
+    def counted(engine):
+        if next(left, None) is None:
+            raise RuntimeError(f"the engine is still busy after {MOST_STEPS} steps")
+        return step(engine)
+
+    ex.Engine.step = counted
+    try:
+        yield
+    finally:
+        ex.Engine.step = step
+
+
+def run_model(ex, model, requests, limits, eos=None):
+    with bounded(ex):
+        return ex.run(model, [ex.Request(*request) for request in requests], *limits, eos)
+
+
 def run(ex, sizes, weights, requests, limits, eos=None):
-    requests = [ex.Request(*request) for request in requests]
-    return ex.run(build(sizes, weights), requests, *limits, eos)
+    return run_model(ex, build(sizes, weights), requests, limits, eos)
 
 
 def run_in_turn(ex, sizes, weights, calls):
     """One model for several runs, each with its requests, limits and eos."""
     model = build(sizes, weights)
-    return [
-        ex.run(model, [ex.Request(*request) for request in requests], *limits, eos)
-        for requests, limits, eos in calls
-    ]
+    return [run_model(ex, model, *call) for call in calls]
 
 
 def run_one_twice(ex, sizes, weights, prompt, n_new, limits):
     request = ex.Request(prompt, n_new)
-    return ex.run(build(sizes, weights), [request, request], *limits)
+    with bounded(ex):
+        return ex.run(build(sizes, weights), [request, request], *limits)
 
 
 def two_engines(ex, sizes, weights, limits, prompts, n_new):
@@ -391,9 +411,8 @@ def what_is_left_changed(ex, sizes, weights, requests, limits):
     """Tensors kept for a gradient, and whether the model is as it was."""
     model, saved = build(sizes, weights).train(), []
     parameters = {n: p.detach().clone() for n, p in model.named_parameters()}
-    requests = [ex.Request(*request) for request in requests]
     with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda x: x):
-        texts = ex.run(model, requests, *limits)
+        texts = run_model(ex, model, requests, limits)
     same = all(torch.equal(p, parameters[n]) for n, p in model.named_parameters())
     trainable = all(p.requires_grad for p in model.parameters())
     return {
@@ -447,11 +466,12 @@ def test_gives_each_request_a_token_and_the_rest_to_the_earliest_prompt(attempt)
     assert_close(answers, [*expected, *[{0: 1, 1: 1, 2: 1, 3: 1}] * 2])
 
 
-@pytest.mark.parametrize("n_prompt", [1, 2, 7])
-def test_reads_a_prompt_that_fits_at_once_and_then_a_token_a_step(attempt, n_prompt):
-    answers, _ = attempt(schedule, (1, 7), [("admit", n_prompt)] + [("step",)] * 4)
+def test_reads_all_prompts_at_once_where_they_fit(attempt):
+    steps = [("admit", n_prompt) for n_prompt in (2, 5, 1, 4, 3, 6)]
 
-    assert_close(answers, [{0: n_prompt}, {0: 1}, {0: 1}, {0: 1}])
+    answers, _ = attempt(schedule, (6, 21), [*steps, ("step",), ("step",)])
+
+    assert_close(answers, [{0: 2, 1: 5, 2: 1, 3: 4, 4: 3, 5: 6}, dict.fromkeys(range(6), 1)])
 
 
 def test_lets_those_without_a_place_wait_for_the_first_that_is_free(attempt):
@@ -478,7 +498,7 @@ def test_nobody_starves_where_every_step_brings_another_request(attempt):
     assert_close([2 in dealt for dealt in answers[:6]], [False] * 3 + [True] * 2 + [False])
 
 
-@settings(max_examples=60)
+@settings(max_examples=50)
 @given(
     max_batch=st.integers(1, 4),
     spare=st.integers(0, 6),
@@ -542,7 +562,7 @@ def test_refuses_a_prompt_of_no_token_and_stays_as_it_was(attempt, n_prompt):
     assert_close(answers, ["ValueError", False, {0: 2}])
 
 
-@pytest.mark.parametrize("limits", [(0, 4), (-1, 4), (3, 2), (0, 0)])
+@pytest.mark.parametrize("limits", [(0, 4), (-1, 4), (3, 2)])
 def test_refuses_limits_by_which_somebody_would_get_nothing(attempt, limits):
     with pytest.raises(ValueError):
         attempt(schedule, limits, [])
@@ -572,8 +592,7 @@ def without_numbers(steps):
     return [{name: step[name] for name in ("new", "ended")} for step in steps]
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("limits", [(5, 99), (5, 6), (2, 7), (1, 1)])
+@pytest.mark.parametrize("limits, tied", [((5, 99), False), ((5, 6), True), ((2, 7), False)])
 def test_every_request_gets_the_text_that_it_gets_alone(attempt, rng, tied, limits):
     sizes = SIZES | {"tied": tied}
     weights = random_weights(rng, sizes)
@@ -584,12 +603,12 @@ def test_every_request_gets_the_text_that_it_gets_alone(attempt, rng, tied, limi
     assert_close(out, [torch.tensor(alone(sizes, weights, *r)[0]) for r in requests])
 
 
-@settings(max_examples=30)
+@settings(max_examples=12)
 @given(
     max_batch=st.integers(1, 4),
     spare=st.integers(0, 6),
     wishes=st.lists(
-        st.tuples(st.integers(0, 6), st.integers(1, 9), st.integers(1, 6)), min_size=1, max_size=5
+        st.tuples(st.integers(0, 6), st.integers(1, 9), st.integers(1, 5)), min_size=1, max_size=4
     ),
     ends=st.booleans(),
     seed=st.integers(0, 999),
@@ -609,7 +628,7 @@ def test_each_step_gives_the_tokens_that_are_due(attempt, max_batch, spare, wish
 
 def test_takes_as_many_passes_as_the_longest_request_and_not_the_sum(attempt, rng):
     weights = random_weights(rng, SIZES)
-    requests = requests_of(rng, (4, 6), (9, 3), (1, 8), (7, 2))
+    requests = requests_of(rng, (4, 6), (9, 3), (2, 1), (7, 8))
 
     steps = attempt(cost, SIZES, weights, (4, 99), requests)
 
@@ -627,8 +646,7 @@ def test_a_place_that_is_free_is_taken_in_the_next_step(attempt, rng):
     assert_close(len(steps), 11)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("limits", [(3, 99), (3, 5), (4, 4)])
+@pytest.mark.parametrize("limits, tied", [((3, 99), True), ((3, 5), False), ((4, 4), True)])
 def test_computes_no_padded_token_and_scores_none_in_vain(attempt, rng, tied, limits):
     sizes = SIZES | {"tied": tied}
     weights = random_weights(rng, sizes)
@@ -695,14 +713,14 @@ NEXT = {token: (token + 1) % SIZES["vocab_size"] for token in range(SIZES["vocab
 @pytest.mark.parametrize("eos", [7, 0, SIZES["vocab_size"] - 1])
 def test_a_text_ends_before_eos_which_is_not_given(attempt, rng, eos):
     sizes, weights = successors(rng, NEXT)
-    arrivals = [(0, [eos - 3], 9), (0, [eos - 4, eos, eos - 1], 9), (0, [eos, eos + 2], 2)]
+    arrivals = [(0, [eos - 3], 9), (0, [eos - 4, eos, eos - 1], 9), (0, [eos + 3, eos], 2)]
     arrivals += [(1, [eos - 6], 5), (1, [eos - 3], 2), (2, [eos - 2], 2)]
     size = sizes["vocab_size"]
     arrivals = [(at, torch.tensor(ids) % size, n) for at, ids, n in arrivals]
 
     out = attempt(serve, sizes, weights, (3, 9), arrivals, eos)
 
-    runs = [[eos - 2, eos - 1], [], [eos + 3, eos + 4], [*range(eos - 5, eos)]]
+    runs = [[eos - 2, eos - 1], [], [eos + 1, eos + 2], [*range(eos - 5, eos)]]
     runs += [[eos - 2, eos - 1], [eos - 1]]
     texts = [
         ([t % size for t in tokens], len(tokens) < n)
@@ -830,18 +848,18 @@ def test_records_no_gradient_and_leaves_the_model_as_it_was(attempt, rng):
 
 
 def test_holds_keys_and_values_only_for_those_who_run(attempt, rng):
-    weights, n_prompt = random_weights(rng, SIZES), 400
-    requests = requests_of(rng, *[(n_prompt, 2)] * 9)
+    weights, n_prompt = random_weights(rng, SIZES), 200
+    requests = requests_of(rng, *[(n_prompt, 2)] * 7)
 
-    waiting, running, after = attempt(memory, SIZES, weights, (2, 999), requests, 7)
+    waiting, running, after = attempt(memory, SIZES, weights, (2, 999), requests, 5)
 
     head_dim, n_kv_heads = SIZES["d_model"] // SIZES["n_heads"], SIZES["n_kv_heads"]
     one = 2 * SIZES["n_layers"] * (n_prompt + 2) * n_kv_heads * head_dim * 8  # bytes
-    prompts = 9 * n_prompt * 8
-    assert waiting < prompts + one, f"{waiting:,} bytes are held while all wait"
+    prompts = 7 * n_prompt * 8
+    assert waiting < prompts + one / 2, f"{waiting:,} bytes are held while all wait"
     # Room for twice as many tokens as there are is fine.
     assert running < prompts + 5 * one, f"{running:,} bytes are held while two run"
-    assert after < one, f"{after:,} bytes are held when all have ended"
+    assert after < one / 2, f"{after:,} bytes are held when all have ended"
 
 
 # --- real weights --------------------------------------------------------------------------------
@@ -882,7 +900,7 @@ def answers_of_transformers(path):
 def run_real_weights(ex, path, requests, limits, eos):
     from ex44_llama import from_gguf
 
-    return ex.run(from_gguf(path), [ex.Request(*r) for r in requests], *limits, eos)
+    return run_model(ex, from_gguf(path), requests, limits, eos)
 
 
 @pytest.fixture(scope="module")
