@@ -108,4 +108,6 @@ def managed(model: Any, pairs: list[tuple[torch.Tensor, int]]) -> list[torch.Ten
             result = manager.get_result(timeout=1)
             if result is not None and result.is_finished():
                 texts[result.request_id] = torch.tensor(result.generated_tokens)
+            elif result is None and not manager.is_running():
+                raise RuntimeError("transformers' manager has ended without all texts")
     return [texts[str(i)] for i in range(len(pairs))]
