@@ -332,10 +332,11 @@ def run_one_twice(ex, sizes, weights, prompt, n_new, limits):
         return ex.run(build(sizes, weights), [request, request], *limits)
 
 
-def two_engines(ex, sizes, weights, limits, prompts, n_new):
-    """Two engines with one model, which take turns: the tokens that each gives."""
-    model = build(sizes, weights)
-    engines = [ex.Engine(model, *limits) for _ in prompts]
+def engines_in_turn(ex, models, limits, prompts, n_new):
+    """An engine for each prompt, with one of several models; they take turns: what each gives."""
+    models = [build(*model) for model in models]
+    engines = [ex.Engine(models[which], *limits) for which, _ in prompts]
+    prompts = [prompt for _, prompt in prompts]
     for engine, prompt in zip(engines, prompts, strict=True):
         engine.admit(ex.Request(prompt, n_new))
     texts = [[] for _ in engines]
@@ -741,12 +742,13 @@ def test_a_text_ends_nowhere_early_where_there_is_no_eos(attempt, rng):
 
 def test_texts_of_no_token_come_in_their_places(attempt, rng):
     sizes, weights = successors(rng, NEXT)
-    prompts = [[9], [6], [3, 5], [6], [9, 2]]
+    prompts = [[9], [6], [3, 5], [6], [9, 2], [10], [11], [12], [13], [14], [15], [6], [16]]
     requests = [(torch.tensor(ids), 3) for ids in prompts]
 
     out = attempt(run, sizes, weights, requests, (2, 4), 7)
 
-    wanted = [[10, 11, 12], [], [6], [], [3, 4, 5]]
+    wanted = [[10, 11, 12], [], [6], [], [3, 4, 5], *([n + 1, n + 2, n + 3] for n in range(10, 16))]
+    wanted += [[], [17, 18, 19]]
     assert_close(out, [torch.tensor(text, dtype=torch.int64) for text in wanted])
 
 
@@ -766,7 +768,7 @@ def test_a_bad_request_is_refused_and_the_others_go_on(attempt, rng):
     good = requests_of(rng, (4, 9), (3, 12))
     ids, size = prompt_of(rng, 3), SIZES["vocab_size"]
     bad = [(torch.tensor([1, size]), 3), (torch.tensor([2, -1]), 3), (ids[:0], 3), (ids[None], 3)]
-    bad += [(ids, 0), (ids, -2), (ids[0], 3), (ids.double(), 3)]
+    bad += [(ids, 0), (ids, -2), (ids[0], 3), (ids.double(), 3), (ids.int(), 3), (ids > 9, 3)]
 
     answers, texts = attempt(serve_with_bad_ones, SIZES, weights, (3, 9), good, bad)
 
@@ -829,13 +831,14 @@ def test_an_engine_that_was_idle_serves_again(attempt, rng):
     assert all_differ, "a number was given twice"
 
 
-def test_engines_with_one_model_know_nothing_of_each_other(attempt, rng):
-    weights = random_weights(rng, SIZES)
-    prompts = [prompt_of(rng, 4), prompt_of(rng, 6)]
+def test_engines_know_nothing_of_each_other(attempt, rng):
+    other = SIZES | {"rope_theta": 3.0, "rms_eps": 0.3, "n_layers": 3, "tied": True}
+    models = [(sizes, random_weights(rng, sizes)) for sizes in (SIZES, other)]
+    prompts = [(0, prompt_of(rng, 4)), (1, prompt_of(rng, 6)), (0, prompt_of(rng, 5))]
 
-    texts = attempt(two_engines, SIZES, weights, (2, 9), prompts, 5)
+    texts = attempt(engines_in_turn, models, (2, 9), prompts, 5)
 
-    assert_close(texts, [alone(SIZES, weights, prompt, 5)[0] for prompt in prompts])
+    assert_close(texts, [alone(*models[which], prompt, 5)[0] for which, prompt in prompts])
 
 
 def test_records_no_gradient_and_leaves_the_model_as_it_was(attempt, rng):
