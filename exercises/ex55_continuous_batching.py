@@ -12,9 +12,9 @@ each token by itself; only attention looks at each text apart, with its own cach
 A long prompt would hold up everybody, so it is read in chunks, with what is left of a step's
 tokens after each running request has had one.
 
-Source: Yu et al. 2022, "Orca", sections 3.1 and 3.2 (iteration-level scheduling, selective
-    batching), https://www.usenix.org/conference/osdi22/presentation/yu; Agrawal et al. 2024,
-    "Sarathi-Serve", section 4 (chunked prefills), https://arxiv.org/abs/2403.02310
+Source: Yu et al. 2022, "Orca", section 3 (iteration-level scheduling, selective batching),
+    https://www.usenix.org/conference/osdi22/presentation/yu; Agrawal et al. 2024, "Sarathi-Serve",
+    section 4 (chunked prefills, stall-free batching), https://arxiv.org/abs/2403.02310
 """
 
 from dataclasses import dataclass
