@@ -65,8 +65,8 @@ def random_weights(rng, sizes, dtype=torch.float64):
     return weights
 
 
-def likeliest(sizes, weights, ids):
-    """The likeliest token after a whole text: a Llama without any cache, batch or part of ours."""
+def scores_after(sizes, weights, ids):
+    """Of each token, after a whole text: a Llama without any cache, batch or part of ours."""
 
     def norm(x, name):
         rms = (x.square().mean(dim=-1, keepdim=True) + sizes["rms_eps"]).sqrt()
@@ -100,14 +100,14 @@ def likeliest(sizes, weights, ids):
         gate, up = (h @ weights[part + name].T for name in ("ffn_gate.weight", "ffn_up.weight"))
         x = x + (gate * gate.sigmoid() * up) @ weights[part + "ffn_down.weight"].T
     head = weights["token_embd.weight" if sizes["tied"] else "output.weight"]
-    return int((norm(x[-1], "output_norm") @ head.T).argmax())
+    return norm(x[-1], "output_norm") @ head.T
 
 
 def alone(sizes, weights, prompt, n_new, eos=None):
     """What a prompt gets by itself, and whether eos has ended it."""
     ids = prompt.tolist()
     while len(ids) < len(prompt) + n_new:
-        token = likeliest(sizes, weights, ids)
+        token = int(scores_after(sizes, weights, ids).argmax())
         if token == eos:
             return ids[len(prompt) :], True
         ids.append(token)
@@ -475,6 +475,12 @@ def test_reads_all_prompts_at_once_where_they_fit(attempt):
     assert_close(answers, [{0: 2, 1: 5, 2: 1, 3: 4, 4: 3, 5: 6}, dict.fromkeys(range(6), 1)])
 
 
+def test_reads_a_long_prompt_in_pieces_though_nobody_else_is_there(attempt):
+    answers, _ = attempt(schedule, (2, 4), [("admit", 10)] + [("step",)] * 5)
+
+    assert_close(answers, [{0: 4}, {0: 4}, {0: 2}, {0: 1}, {0: 1}])
+
+
 def test_lets_those_without_a_place_wait_for_the_first_that_is_free(attempt):
     steps = [("admit", 2)] * 5 + [("step",), ("finish", 1), ("step",), ("finish", 2), ("step",)]
     steps += [("finish", 0), ("finish", 3), ("step",), ("step",)]
@@ -564,9 +570,11 @@ def test_refuses_a_prompt_of_no_token_and_stays_as_it_was(attempt, n_prompt):
 
 
 @pytest.mark.parametrize("limits", [(0, 4), (-1, 4), (3, 2)])
-def test_refuses_limits_by_which_somebody_would_get_nothing(attempt, limits):
+def test_refuses_limits_by_which_somebody_would_get_nothing(attempt, rng, limits):
     with pytest.raises(ValueError):
         attempt(schedule, limits, [])
+    with pytest.raises(ValueError):
+        attempt(run, SIZES, random_weights(rng, SIZES), [], limits)
 
 
 def test_schedulers_know_nothing_of_each_other(attempt):
@@ -783,6 +791,22 @@ def test_the_memory_of_a_prompt_may_be_used_again(attempt, rng):
     texts = attempt(serve_and_overwrite, SIZES, weights, (2, 4), requests)
 
     assert_close(texts, [alone(SIZES, weights, *r)[0] for r in requests])
+
+
+def test_takes_the_likeliest_token_by_however_little_it_wins(attempt, rng):
+    weights, prompt = random_weights(rng, SIZES), prompt_of(rng, 5)
+    head = weights["output.weight"]
+    scores = scores_after(SIZES, weights, prompt.tolist())
+    h = torch.linalg.lstsq(head, scores[:, None]).solution[:, 0]  # what the head is given
+    best = 2 * scores.abs().max() * h / h.square().sum()
+    across = torch.randn(len(h), generator=rng, dtype=torch.float64)
+    across -= h * (across @ h) / h.square().sum()
+    # In bfloat16 they tie, which the first one wins; and if h is rounded, one of these two does.
+    head[30], head[11], head[12] = best, best * (1 - 1e-5) + across, best * (1 - 1e-5) - across
+
+    out = attempt(run, SIZES, weights, [(prompt, 1), (prompt, 1)], (2, 20))
+
+    assert_close(out, [torch.tensor([30])] * 2)
 
 
 def test_takes_prompts_of_any_layout_and_one_request_twice(attempt, rng):
