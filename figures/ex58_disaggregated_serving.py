@@ -37,7 +37,7 @@ def draw(ex: Any) -> Figure:
     draw_requests(requests, events)
     figure.suptitle(
         f"Your two ranks, {len(SIZES)} requests that arrive at once, {N_SLOTS} slots: "
-        "a long prompt holds up no text that is being written",
+        "when each was busy",
         fontsize=13,
     )
     return figure
@@ -92,7 +92,7 @@ def draw_requests(axis: Axes, events: list[Event]) -> None:
         handles=[
             Patch(color="0.9", label="waits to be read"),
             Patch(color="0.4", label="prompt is read; its end is the first token"),
-            Patch(facecolor="0.9", edgecolor="0.7", hatch="////", label="cache waits for a slot, and for the round"),
+            Patch(facecolor="0.9", edgecolor="0.7", hatch="////", label="cache waits for a slot"),
             Patch(color="0.7", label="written, each line a token"),
         ],
         loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=4, frameon=False, fontsize=9,

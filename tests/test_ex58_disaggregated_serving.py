@@ -7,6 +7,7 @@ import time
 import weakref
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import wraps
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,8 +15,6 @@ from tempfile import TemporaryDirectory
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kata.testing import assert_close, real_weights
@@ -27,6 +26,21 @@ GO = 7  # the tag of the specs' own messages
 
 
 # --- models, caches and messages, on any rank ----------------------------------------------------
+
+
+def on_cpu(run):
+    """Ranks with a GPU each get arguments there; here models and messages stay on the CPU."""
+
+    @wraps(run)
+    def run_on_cpu(ex, *args):
+        return run(ex, *moved(args))
+
+    def moved(data):
+        if isinstance(data, torch.Tensor):
+            return data.cpu()
+        return type(data)(map(moved, data)) if isinstance(data, (list, tuple)) else data
+
+    return run_on_cpu
 
 
 def build(seed, dtype=torch.float64):
@@ -182,6 +196,7 @@ def prefilled(ex, seed, requests):
     return [read(model, prompt) for prompt, _ in requests]
 
 
+@on_cpu
 def send_a_cache(ex, ks, vs, max_len):
     """Rank 0 fills caches and sends them; what rank 1 receives."""
     batch, _, length, _ = ks[0].shape
@@ -195,6 +210,7 @@ def send_a_cache(ex, ks, vs, max_len):
     return {"messages": len(traffic.sent), "lengths": sorted({cache.length for cache in caches})}
 
 
+@on_cpu
 def send_two_caches_from_one_memory(ex, ks, vs, max_len):
     """Rank 1 receives when rank 0 has sent both, and has used the memory a third time."""
     if dist.get_rank() == 1:
@@ -215,6 +231,7 @@ def send_two_caches_from_one_memory(ex, ks, vs, max_len):
     return []
 
 
+@on_cpu
 def receive_a_cache(ex, seed, message, max_len, dtype):
     """What rank 1 finds in the caches, and how many more tokens each has room for."""
     if dist.get_rank() == 0:
@@ -236,6 +253,7 @@ def receive_a_cache(ex, seed, message, max_len, dtype):
     return found | {"room": room}
 
 
+@on_cpu
 def run_prefill(ex, seed, requests, receivers):
     """Rank 0 prefills; what the others receive."""
     rank = dist.get_rank()
@@ -245,6 +263,7 @@ def run_prefill(ex, seed, requests, receivers):
     return [take_request(0, len(prompt)) for prompt in own]
 
 
+@on_cpu
 def run_prefill_in_turn(ex, seed, requests, receivers):
     """The same, where rank 1 receives nothing before rank 2 has all that is its own."""
     if dist.get_rank() == 1:
@@ -255,6 +274,7 @@ def run_prefill_in_turn(ex, seed, requests, receivers):
     return result
 
 
+@on_cpu
 def run_prefill_for_a_late_rank(ex, seed, requests):
     """When rank 0 is done, and when rank 1 starts to receive."""
     if dist.get_rank() == 0:
@@ -270,6 +290,7 @@ def run_prefill_for_a_late_rank(ex, seed, requests):
     return start
 
 
+@on_cpu
 def cost_of_prefill(ex, seed, requests):
     if dist.get_rank() == 1:
         return run_prefill(ex, seed, requests, [1] * len(requests))
@@ -280,6 +301,7 @@ def cost_of_prefill(ex, seed, requests):
     return seen | {"sent": traffic.sent, "kept": len(kept), "others": traffic.collectives}
 
 
+@on_cpu
 def run_decode(ex, seed, requests, n_slots, firsts=None, senders=None):
     """The last rank decodes what the others send; with given first tokens if there are any."""
     rank, last = dist.get_rank(), dist.get_world_size() - 1
@@ -296,6 +318,7 @@ def run_decode(ex, seed, requests, n_slots, firsts=None, senders=None):
     return []
 
 
+@on_cpu
 def run_decode_after_the_others_are_gone(ex, seed, requests, n_slots):
     if dist.get_rank() == 0:
         run_decode(ex, seed, requests, n_slots)
@@ -304,6 +327,7 @@ def run_decode_after_the_others_are_gone(ex, seed, requests, n_slots):
     return run_decode(ex, seed, requests, n_slots)
 
 
+@on_cpu
 def watch_decode(ex, seed, requests, n_slots):
     """What goes through the model of rank 1, what it sends, and the most caches at once."""
     if dist.get_rank() == 0:
@@ -329,28 +353,33 @@ def watch_decode(ex, seed, requests, n_slots):
     return seen | {"sent": sent, "kept": len(kept), "most caches": most[0]}
 
 
+@on_cpu
 def run_serve(ex, seed, requests, n_prefill, n_slots=3, dtype=torch.float64):
     return ex.serve(build(seed, dtype), requests, n_prefill, n_slots)
 
 
+@on_cpu
 def run_serve_in_turn(ex, calls):
     """Several times on the same ranks: a seed, a dtype and the other arguments of each."""
     return [ex.serve(build(seed, dtype).eval(), *more) for seed, dtype, *more in calls]
 
 
+@on_cpu
 def how_serve_leaves_things(ex, seed, requests):
-    """The mode of the model, and whether its parameters still learn."""
-    model = build(seed).train(dist.get_rank() == 0)
-    before = [parameter.clone() for parameter in model.parameters()]
-    ex.serve(model, requests, 1)
-    after = list(model.parameters())
-    return {
-        "training": model.training,
-        "the same": all(torch.equal(a, b) for a, b in zip(before, after, strict=True)),
-        "learn": all(parameter.requires_grad for parameter in after),
-    }
+    """For a model in either mode: its mode, and whether its parameters are as they were."""
+    model, found = build(seed), []
+    for training in (True, False):
+        model.train(training)
+        before = [parameter.clone() for parameter in model.parameters()]
+        ex.serve(model, requests, 1)
+        after = list(model.parameters())
+        same = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        learn = all(parameter.requires_grad for parameter in after)
+        found.append({"training": model.training, "the same": same, "learn": learn})
+    return found
 
 
+@on_cpu
 def run_serve_in_groups(ex, seeds, several, ranks, n_prefill):
     """A server on each group of ranks, with a model and requests of its own; all at once."""
     groups = [dist.new_group(each) for each in ranks]
@@ -362,34 +391,41 @@ def run_serve_in_groups(ex, seeds, several, ranks, n_prefill):
     return None
 
 
+@on_cpu
 def traffic_of_serve(ex, seed, requests, n_prefill, dtype):
     with Traffic() as traffic:
         ex.serve(build(seed, dtype), requests, n_prefill, 2)
     return {"sent": traffic.sent, "others": traffic.collectives}
 
 
+@on_cpu
 def refusals(ex, seed, cases):
     """What this rank says in each case, and how much it has sent by then."""
     model, found = build(seed), []
-    for requests, n_prefill, n_slots in cases:
-        said = "no ValueError"
+    for requests, n_prefill, n_slots, *ranks in cases:
+        said, group = "no ValueError", dist.new_group(*ranks) if ranks else None
+        if ranks and dist.get_rank() not in ranks[0]:
+            continue
         with Traffic() as traffic:
             try:
-                ex.serve(model, requests, n_prefill, n_slots)
+                ex.serve(model, requests, n_prefill, n_slots, group)
             except ValueError as error:
                 said = str(error)
         found.append((said, len(traffic.sent) + len(traffic.collectives)))
     return found
 
 
-def decode_for_a_rank_that_dies(ex, seed, requests, n_sent, n_slots):
-    """Rank 2 sends some of the requests to rank 0 and dies; what rank 0 says."""
+@on_cpu
+def decode_for_a_rank_that_dies(ex, seed, requests, n_sent, half, n_slots):
+    """Rank 2 sends some of the requests to rank 0, perhaps the first token of one more, and dies;
+    what rank 0 says.
+    """
     rank = dist.get_rank()
     if rank == 2:
         for prompt, _ in requests[:n_sent]:
             for send, _ in give_request(build(seed), prompt, 0):
                 send.wait()
-        if n_sent < len(requests):  # the first token of the next one still leaves
+        if half:
             dist.send(torch.zeros(1, dtype=torch.int64), 0)
         send = None
         die()
@@ -403,6 +439,7 @@ def decode_for_a_rank_that_dies(ex, seed, requests, n_sent, n_slots):
     return said
 
 
+@on_cpu
 def prefill_for_a_rank_that_dies(ex, seed, requests, when):
     """Rank 2 dies, before anything is sent or in the midst of it; what rank 0 says."""
     rank = dist.get_rank()
@@ -425,6 +462,7 @@ def prefill_for_a_rank_that_dies(ex, seed, requests, when):
     return said
 
 
+@on_cpu
 def serve_until_one_dies(ex, seed, requests, dies, n_prefill):
     """One rank doesn't serve and is gone; what each of the others says before it goes too."""
     said = "no error"
@@ -520,12 +558,12 @@ def test_prefill_sends_each_first_token_and_cache_to_the_rank_that_goes_on(attem
 
 
 def test_prefill_reads_on_while_its_messages_are_under_way(attempt, rng):
-    seed, requests = seed_of(rng), requests_of(rng, (9, 4), (5, 2), (7, 3))
+    seed, requests = seed_of(rng), requests_of(rng, *[(9, 4), (5, 2)] * 4, (7, 3))
 
-    _, *received = attempt.ranks(3)(run_prefill_in_turn, seed, requests, [1, 1, 2])
+    _, *received = attempt.ranks(3)(run_prefill_in_turn, seed, requests, [1] * 8 + [2])
 
-    first, second, third = attempt(prefilled, seed, requests)
-    assert_close(received, [[first, second], [third]])
+    *others, last = attempt(prefilled, seed, requests)
+    assert_close(received, [others, [last]])
 
 
 def test_prefill_ends_after_its_last_message_has_left(attempt, rng):
@@ -667,19 +705,18 @@ def test_serves_the_texts_of_one_process_on_any_ranks(attempt, rng, n_prefill, n
     assert_close(out, shared_out(attempt(alone, seed, requests), n_prefill, n_decode))
 
 
-@settings(max_examples=6)
-@given(
-    sizes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 6)), max_size=7),
-    n_prefill=st.integers(1, 2),
-    n_slots=st.integers(1, 4),
-    seed=st.integers(0, 999),
-)
-def test_serves_any_requests(attempt, sizes, n_prefill, n_slots, seed):
-    requests = requests_of(torch.Generator().manual_seed(seed), *sizes)
+def test_serves_any_requests_with_any_slots(attempt, rng):
+    calls = []
+    for n_prefill, n_slots in [(1, 1), (2, 2), (1, 3), (2, 4)]:
+        n = int(torch.randint(3, 8, (), generator=rng))
+        sizes = torch.randint(1, 7, (n, 2), generator=rng).tolist()
+        calls.append((seed_of(rng), torch.float64, requests_of(rng, *sizes), n_prefill, n_slots))
 
-    out = attempt.ranks(3)(run_serve, seed, requests, n_prefill, n_slots)
+    out = attempt.ranks(3)(run_serve_in_turn, calls)
 
-    assert_close(out, shared_out(attempt(alone, seed, requests), n_prefill, 3 - n_prefill))
+    for i, (seed, _, requests, n_prefill, _) in enumerate(calls):
+        expected = shared_out(attempt(alone, seed, requests), n_prefill, 3 - n_prefill)
+        assert_close([each[i] for each in out], expected)
 
 
 @pytest.mark.parametrize("n_prefill, n_decode", [(2, 1), (1, 2)])
@@ -712,7 +749,7 @@ def test_leaves_the_model_as_it_was(attempt, rng):
     out = attempt.ranks(2)(how_serve_leaves_things, seed_of(rng), requests_of(rng, (7, 3), (2, 4)))
 
     kept = {"the same": True, "learn": True}
-    assert_close(out, [kept | {"training": True}, kept | {"training": False}])
+    assert_close(out, [[kept | {"training": True}, kept | {"training": False}]] * 2)
 
 
 @pytest.mark.parametrize(
@@ -765,6 +802,16 @@ def test_refuses_on_every_rank_a_layout_without_both_kinds(attempt, rng):
             assert_close(n_sent, 0)
 
 
+def test_refuses_a_layout_without_both_kinds_in_its_group(attempt, rng):
+    case = requests_of(rng, (4, 2)), 2, 3, [1, 2]  # there are three ranks, and two in the group
+
+    _, *out = attempt.ranks(3)(refusals, seed_of(rng), [case])
+
+    for [(said, n_sent)] in out:
+        assert re.search(r"\b2\b.*\b2\b", said), said
+        assert_close(n_sent, 0)
+
+
 def test_refuses_on_every_rank_to_serve_without_slots(attempt, rng):
     requests = requests_of(rng, (4, 2))
 
@@ -778,7 +825,7 @@ def test_refuses_on_every_rank_a_request_that_asks_for_nothing(attempt, rng):
     wrong = (0, 3), (4, 0), (5, -1)
     cases = [(requests_of(rng, *[(4, 2)] * 7, each), 1, 2) for each in wrong]
 
-    out = attempt.ranks(2)(refusals, seed_of(rng), cases)
+    out = attempt.ranks(3)(refusals, seed_of(rng), cases)
 
     for found in out:
         for said, n_sent in found:
@@ -794,13 +841,13 @@ def names(said, rank):
     return re.search(rf"(?<![\d.:]){rank}(?![\d.:])", said) is not None
 
 
-@pytest.mark.parametrize("n_sent, n_slots", [(0, 2), (2, 1)])
-def test_decode_names_the_rank_that_died_before_it_sent_a_request(attempt, rng, n_sent, n_slots):
-    requests = requests_of(rng, (4, 4), (7, 3), (5, 2))
+@pytest.mark.parametrize("n_sent, half, n_slots", [(0, False, 2), (1, True, 2), (2, False, 1)])
+def test_decode_names_the_rank_that_died_before_it_sent_a_request(
+    attempt, rng, n_sent, half, n_slots
+):
+    seed, requests = seed_of(rng), requests_of(rng, (4, 4), (7, 3), (5, 2))
 
-    said, *_ = attempt.ranks(3)(
-        decode_for_a_rank_that_dies, seed_of(rng), requests, n_sent, n_slots
-    )
+    said, *_ = attempt.ranks(3)(decode_for_a_rank_that_dies, seed, requests, n_sent, half, n_slots)
 
     assert names(said, 2), said
 
@@ -836,6 +883,7 @@ def smollm2_alone(ex, path, copy, requests):
     return [generate(model, prompt[None], n_new)[0] for prompt, n_new in requests]
 
 
+@on_cpu
 def serve_smollm2(ex, copy, requests):
     """On 1 + 1, 2 + 1 and 1 + 2 ranks, one after the other."""
     from ex44_llama import Llama, LlamaConfig
