@@ -124,7 +124,7 @@ def test_no_rank_is_left_behind(told):
         assert not os.path.exists(f"/proc/{pid}"), f"process {pid} is still there"
 
 
-@pytest.mark.parametrize("number", [72, 75, 76])
+@pytest.mark.parametrize("number", [58, 72, 75, 76])
 def test_the_lessons_script_runs_under_torchrun(number, tmp_path):
     lesson = catalog.find(ROOT, number).lesson.read_text("utf-8")
     script = re.search(r"```python\n(# run\.py.*?)```", lesson, re.S)
