@@ -1,7 +1,7 @@
 """Exercise 57 continuing a text with SmolLM2: how much faster for each gamma, as measured.
 
 The draft costs next to nothing: it says what followed the last token when that stood in the text
-before. A small model that repeats itself is easily drafted so, and a text with more turns is not.
+before. That guesses well where a model quotes, as here, and hardly at all in a new text.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from ex44_llama import from_gguf
 from kata.racing import Race
 from kata.testing import real_weights
 
-N_NEW = 24
+N_NEW = 16
 PROMPT = torch.tensor([504, 3575, 282, 4649, 314])  # The capital of France is
 GAMMAS = (1, 3, 6)
 
@@ -30,8 +30,7 @@ def race(ex: Any) -> Iterator[Race]:
         with torch.inference_mode():
             return F.one_hot(model(ids[None])[0].argmax(-1), vocab_size).float()
 
-    def alone() -> Tensor:
-        text = PROMPT
+    def alone(text: Tensor) -> Tensor:
         for _ in range(N_NEW):
             text = torch.cat((text, target(text)[-1:].argmax(-1)))
         return text
@@ -41,17 +40,19 @@ def race(ex: Any) -> Iterator[Race]:
         guess = ids[earlier[-1] + 1] if len(earlier) else ids[-1]
         return F.one_hot(guess.expand(len(ids)), vocab_size).float()
 
+    prompt = torch.cat((alone(PROMPT), PROMPT))  # it has said so before
+
     def speculative(gamma: int) -> Tensor:
-        text, u = PROMPT, torch.full((2 * gamma + 1,), 0.5, dtype=torch.float64)
-        while len(text) < len(PROMPT) + N_NEW:
+        text, u = prompt, torch.full((2 * gamma + 1,), 0.5, dtype=torch.float64)
+        while len(text) < len(prompt) + N_NEW:
             text = torch.cat((text, ex.speculative_step(target, draft, text, gamma, u)))
-        return text[: len(PROMPT) + N_NEW]
+        return text[: len(prompt) + N_NEW]
 
     for gamma in GAMMAS:
         yield Race(
             f"SmolLM2, gamma = {gamma}",
             partial(speculative, gamma),
-            {"the target alone": alone},
+            {"the target alone": partial(alone, prompt)},
             amount=N_NEW,
             unit="tokens/s",
         )
