@@ -244,6 +244,15 @@ def test_that_a_machine_was_busy_elsewhere_is_not_kept(project, monkeypatch):
     assert len(asked) == 2
 
 
+def test_ranks_have_time_to_be_forked_and_to_meet_before_they_are_out_of_it(project, monkeypatch):
+    monkeypatch.setattr("kata.judge.replays.MORE", 0.2)
+    replays, (mistake, *_) = replays_of(project, [], act=lambda: time.sleep(0.5))
+    on_ranks = Attempted(msgspec.structs.replace(PAST.job, ranks=2), PAST.done)
+
+    (done,) = replays(mistake, on_ranks)
+    assert done.problem is None
+
+
 # --- end to end ----------------------------------------------------------------------------------
 
 

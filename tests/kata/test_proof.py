@@ -58,8 +58,16 @@ def test_every_mistake_is_claimed_alone_and_on_top_of_the_first_version_that_it_
 
     assert sum(claim.says.startswith("rejects: ") for claim in claims) == len(known.mistake)
     on_top = [claim for claim in claims if claim.alone]
-    assert len(known.mistake) >= len(on_top) > 10
+    assert len(on_top) == proof.ON_TOP
     assert len({claim.job.submission for claim in claims}) == len(claims)
+
+
+def test_the_seed_draws_which_mistakes_are_made_on_top(exercise):
+    seen = [{c.alone.says for c in proof.claims(exercise, seed) if c.alone} for seed in range(20)]
+
+    assert seen[0] == {c.alone.says for c in proof.claims(exercise, 0) if c.alone}
+    assert seen[0] != seen[1]
+    assert len(set().union(*seen)) > 20
 
 
 def test_verdicts_are_used_again_until_what_they_depend_on_changes(exercise, judged, right):
@@ -87,11 +95,14 @@ def test_fresh_judges_all_again(exercise, judged, right):
     assert len(judged) == 2 * n
 
 
-@pytest.mark.parametrize(("n_missed", "status"), [(0, 0), (1, 0), (2, 1)])
-def test_on_top_a_few_may_have_no_name(
-    exercise, judged, right, monkeypatch, capsys, n_missed, status
-):
+@pytest.fixture
+def many(monkeypatch):
+    monkeypatch.setattr(proof, "ON_TOP", 24)
     monkeypatch.setattr(proof, "MANY", 1)
+
+
+@pytest.mark.parametrize(("n_missed", "status"), [(0, 0), (1, 0), (2, 1)])
+def test_on_top_a_few_may_have_no_name(exercise, many, judged, right, capsys, n_missed, status):
     for submission in right[:n_missed]:
         says_of[submission] = "failed", []
 

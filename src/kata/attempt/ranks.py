@@ -131,10 +131,9 @@ def _serve(requests: Connection, scratch: Scratch) -> None:
 
 
 def _attempt(
-    ranks: list[_Rank], launch: Launch, requests: Connection, folder: Path
+    ranks: list[_Rank], launch: Launch, requests: Connection, folder: Path, again: bool = True
 ) -> list[Done] | None:
     """What comes of a launch on the first n ranks. None if nobody asks any more."""
-    used = bool(ranks)
     for rank in range(len(ranks), launch.job.ranks):
         ranks.append(_Rank(rank, folder, ranks))
     team, store = ranks[: launch.job.ranks], tempfile.mktemp(dir=folder)
@@ -143,8 +142,8 @@ def _attempt(
     done = _collect(team, launch, requests)
     if done and not all(each.began for each in team):
         _end(ranks)  # an earlier attempt left something, or one was killed: with fresh ones
-        if used:
-            return _attempt(ranks, launch, requests, folder)
+        if again:
+            return _attempt(ranks, launch, requests, folder, again=False)
     return done
 
 

@@ -19,6 +19,7 @@ from kata.judge.atlas import Atlas, digest_of, surroundings
 from kata.judge.limits import OutOfTime, alarm
 
 TIMES, MORE = 5.0, 2.0  # a replay may take so many times what the attempt took, and these seconds
+MEETING = 60.0  # more for ranks: they may have to be forked first; they end by a limit of their own
 
 
 class Replays:
@@ -63,6 +64,7 @@ class Replays:
         if path not in self._places:
             self._places[path] = self.make_place(path)
         limit = TIMES * max(done.seconds for done in past.done) + MORE
+        limit += MEETING if past.job.ranks else 0
         start = time.process_time()
         try:
             with alarm(limit):
