@@ -167,7 +167,7 @@ def run_in_parts(ex, x, y, stops, eval_every=0, scheduled=True):
         path = f"{folder}/run.pt"
         for part, stop in enumerate(stops):
             events = []
-            model = make_net(part, p=0.4, dtype=torch.float32)
+            model = make_net(part, p=0.4, dtype=torch.float64)
             trainer = ex.Trainer(
                 model,
                 torch.optim.AdamW(model.parameters(), lr=0.1 + part),
