@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
@@ -326,6 +326,8 @@ def test_kl_sends_gradients_to_all_four(attempt, rng):
     assert_close(grads, torch.autograd.grad(kl_divergence(first, second), inputs, upstream))
 
 
+@example(ratio=1e100, apart=1.0, variance=1e-100)
+@example(ratio=1e-20, apart=0.0, variance=1e-20)
 @given(ratio=st.floats(1e-6, 1e6), apart=st.floats(-100, 100), variance=st.floats(1e-3, 1e3))
 def test_kl_is_never_below_zero_and_grows_with_the_distance(attempt, ratio, apart, variance):
     mean = torch.tensor([0.0, apart, 2 * apart], dtype=torch.float64)
