@@ -62,10 +62,10 @@ def attend_again(ex, weights, texts):
 
 
 def attend_without_cache(ex, weights, x, grad):
-    layer = new_layer(ex, weights, WINDOW)
+    layer, x = new_layer(ex, weights, WINDOW), x.clone().requires_grad_()
     out = layer(x)
     out.backward(grad)
-    return out, {name: parameter.grad for name, parameter in layer.named_parameters()}
+    return out, x.grad, {name: parameter.grad for name, parameter in layer.named_parameters()}
 
 
 def attend_after_reset(ex, weights, first, second, chunks):
@@ -82,11 +82,31 @@ def attend_with_another_window(ex, weights, x, window):
     return new_layer(ex, weights, WINDOW)(x, new_cache(ex, len(x), window))
 
 
-def length_after_another_window(ex, weights, x, window):
+def attend_with_thetas(ex, weights, x, thetas):
+    """Layers of one size, each with a base of its own; None: the one that they have by default."""
+    outs = []
+    for theta in thetas:
+        own = {} if theta is None else {"rope_theta": theta}
+        layer = ex.SlidingWindowAttention(D_MODEL, N_HEADS, N_KV_HEADS, WINDOW, **own).double()
+        layer.load_state_dict(weights)
+        with torch.no_grad():
+            outs.append(layer(x))
+    return outs
+
+
+def device_of_slots(ex):
+    """On the device "meta" tensors have shapes and no memory, and every machine has it."""
+    cache = ex.RollingKVCache(BATCH, N_KV_HEADS, WINDOW, HEAD_DIM, device="meta")
+    return cache.keys.device.type, cache.values.device.type
+
+
+def cache_after_another_window(ex, weights, x, k, window):
     cache = new_cache(ex, len(x), window)
+    cache.append(k, k)
     with suppress(ValueError):
         new_layer(ex, weights, WINDOW)(x, cache)
-    return cache.length
+    n_tokens = k.shape[2]
+    return cache.length, cache.keys[:, :, :n_tokens], cache.values[:, :, :n_tokens]
 
 
 def memory(ex, k, chunks):
@@ -218,7 +238,7 @@ def random_weights(rng, sizes=SIZES):
     return {name: 0.4 * randn(rng, *shape) for name, shape in weights_of_a_layer(sizes).items()}
 
 
-def full_cache(weights, x, window, sizes=SIZES):
+def full_cache(weights, x, window, sizes=SIZES, theta=THETA):
     """The definition: every key is kept, turned as complex numbers, and a mask hides most."""
     n_heads, n_kv_heads, head_dim = sizes
     q, k, v = (
@@ -226,7 +246,7 @@ def full_cache(weights, x, window, sizes=SIZES):
         for name in ("q_proj", "k_proj", "v_proj")
     )
     half, n = head_dim // 2, x.shape[1]
-    frequencies = THETA ** (-torch.arange(half, dtype=torch.float64) / half)
+    frequencies = theta ** (-torch.arange(half, dtype=torch.float64) / half)
     turns = torch.exp(1j * torch.arange(n)[:, None] * frequencies)
     q, k = (torch.complex(y[..., :half], y[..., half:]) * turns for y in (q, k))
     k, v = (y.repeat_interleave(n_heads // n_kv_heads, dim=1) for y in (k, v))
@@ -287,7 +307,8 @@ def mistral_shapes():
 @pytest.mark.parametrize("start", [0, 2**40 - 6])
 def test_a_window_ends_with_the_token_itself(attempt, start, window):
     q_positions = start + torch.tensor([7, 0, 12])
-    k_positions = start + torch.tensor([8, 3, 7, 0, 12, 4, 9])
+    # A distance of 2¹⁶ or 2³² would be 0 in a narrow integer.
+    k_positions = start + torch.tensor([8, 3, 7, -(2**16), 0, 12, 4, 12 - 2**32, 9])
 
     seen = attempt(mask, q_positions, k_positions, window)
 
@@ -383,6 +404,19 @@ def test_gives_the_same_however_often_it_is_called(attempt, rng):
     assert_close(outs, [full_cache(weights, x, WINDOW) for x in texts for _ in range(3)])
 
 
+def test_turns_by_the_base_that_each_layer_has(attempt, rng):
+    weights, x = random_weights(rng), randn(rng, BATCH, 9, D_MODEL)
+
+    outs = attempt(attend_with_thetas, weights, x, [3.0, None, 50.0])
+
+    expected = [full_cache(weights, x, WINDOW, theta=theta) for theta in (3.0, 10_000.0, 50.0)]
+    assert_close(outs, expected)
+
+
+def test_reserves_its_slots_on_the_device_that_is_asked_for(attempt):
+    assert attempt(device_of_slots) == ("meta", "meta")
+
+
 def test_keeps_exact_angles_in_bfloat16(attempt, rng):
     weights, x = random_weights(rng), randn(rng, 1, 600, D_MODEL)
     coarse = {name: weight.bfloat16() for name, weight in weights.items()}
@@ -410,18 +444,20 @@ def test_attends_and_learns_without_a_cache(attempt, rng):
     weights, x = random_weights(rng), randn(rng, BATCH, 13, D_MODEL)
     grad = randn(rng, *x.shape)
 
-    out, gradients = attempt(attend_without_cache, weights, x, grad)
+    out, of_x, gradients = attempt(attend_without_cache, weights, x, grad)
 
     weights = {name: weight.requires_grad_() for name, weight in weights.items()}
-    expected = full_cache(weights, x, WINDOW)
-    of_weights = torch.autograd.grad(expected, list(weights.values()), grad)
+    expected = full_cache(weights, x.requires_grad_(), WINDOW)
+    for_x, *of_weights = torch.autograd.grad(expected, [x, *weights.values()], grad)
     assert_close(out, expected.detach())
+    assert_close(of_x, for_x)
     assert_close(gradients, dict(zip(weights, of_weights, strict=True)))
 
 
-def test_starts_afresh_after_a_reset(attempt, rng):
+@pytest.mark.parametrize("n_first", [2, WINDOW, 8])
+def test_starts_afresh_after_a_reset(attempt, rng, n_first):
     weights = random_weights(rng)
-    first, second = randn(rng, BATCH, 8, D_MODEL), randn(rng, BATCH, 9, D_MODEL)
+    first, second = randn(rng, BATCH, n_first, D_MODEL), randn(rng, BATCH, 9, D_MODEL)
 
     length, out = attempt(attend_after_reset, weights, first, second, [2, 1, 4, 2])
 
@@ -446,7 +482,7 @@ def test_a_step_late_in_a_text_costs_what_the_window_costs(attempt, rng):
     )
 
 
-@pytest.mark.parametrize("chunk_size", [1, 3, 7, 100])
+@pytest.mark.parametrize("chunk_size", [1, 3, 6, 7, 100])
 def test_prefills_in_chunks_what_one_call_would_give(attempt, rng, chunk_size):
     weights, x = random_weights(rng), randn(rng, BATCH, 19, D_MODEL)
 
@@ -465,11 +501,13 @@ def test_rejects_a_cache_of_another_window(attempt, rng, window):
 
 
 def test_leaves_a_cache_of_another_window_as_it_was(attempt, rng):
-    weights, x = random_weights(rng), randn(rng, BATCH, 3, D_MODEL)
+    weights, x = random_weights(rng), randn(rng, BATCH, 7, D_MODEL)
+    k = randn(rng, BATCH, N_KV_HEADS, 4, HEAD_DIM)
 
-    length = attempt(length_after_another_window, weights, x, WINDOW + 1)
+    length, keys, values = attempt(cache_after_another_window, weights, x, k, WINDOW + 1)
 
-    assert length == 0
+    assert length == 4
+    assert_close([keys, values], [k, k])
 
 
 def test_makes_mistral_say_what_it_says_in_transformers(attempt, rng):

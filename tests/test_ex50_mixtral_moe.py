@@ -266,7 +266,8 @@ def test_mixes_by_the_weights_that_it_has_now_and_in_their_dtype(attempt, rng):
 
 
 def test_leaves_an_expert_without_tokens_at_rest(attempt, rng):
-    weights, x, grad = make_weights(rng), make_x(rng, 7, D_MODEL), make_x(rng, 7, D_MODEL)
+    # So many tokens that an expert with room for twice its even share would drop some.
+    weights, x, grad = make_weights(rng), make_x(rng, 40, D_MODEL), make_x(rng, 40, D_MODEL)
     x[:, 0] = 1.0
     weights["router"][:, 0] = torch.tensor([-30.0, 0, 30, -30, 0])  # 2 always, 0 and 3 never
 
@@ -289,6 +290,7 @@ def test_leaves_an_expert_without_tokens_at_rest(attempt, rng):
 @example(batch=[1], n_experts=3, seed=0)
 @example(batch=[], n_experts=3, seed=0)
 @example(batch=[2, 0], n_experts=3, seed=0)
+@example(batch=[3, 20], n_experts=17, seed=0)
 def test_treats_every_token_by_itself_in_any_batch(attempt, batch, n_experts, seed):
     rng = torch.Generator().manual_seed(seed)
     weights = make_weights(rng, n_experts=n_experts)
