@@ -64,12 +64,11 @@ class LatentKVCache:
         there is room for; that message names max_len. The cache then stays as it was.
         """
         # solution
-        n_new, max_len = latent.shape[1], self.latents.shape[1]
         for given, room in ((latent, self.latents), (rope_key, self.rope_keys)):
-            wanted = (room.shape[0], n_new, room.shape[2])
+            wanted = (room.shape[0], *latent.shape[1:2], room.shape[2])
             if given.shape != wanted:
                 raise ValueError(f"expected the shape {wanted}, got {tuple(given.shape)}")
-        end = self.length + n_new
+        end, max_len = self.length + latent.shape[1], self.latents.shape[1]
         if end > max_len:
             raise ValueError(f"{end} tokens do not fit: the cache was made for max_len {max_len}")
         self.latents[:, self.length : end] = latent

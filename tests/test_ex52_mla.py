@@ -117,15 +117,21 @@ def attend_again(ex, sizes, weights, texts, way):
 
 
 def absorb_and_look(ex, sizes, weights, x, frequencies, mode):
-    """The layer before and after an absorbed one was made of it and used: results, flops, mode."""
+    """The layer before and after an absorbed one was made of it and used.
+
+    returns: result, flops, mode and gradients before and after; the weights; who still learns
+    """
     layer = new_layer(ex, sizes, weights)
     layer.train(mode)
+    layer(x, frequencies).sum().backward()
     seen = []
     for _ in range(2):
         with counting() as counter:
             out = layer(x, frequencies)
-        seen.append([out.detach(), counter.get_total_flops(), layer.training])
+        grads = {n: None if p.grad is None else p.grad.clone() for n, p in layer.named_parameters()}
+        seen.append([out.detach(), counter.get_total_flops(), layer.training, grads])
         ex.absorb(layer)(x, frequencies)
+    layer.zero_grad()
     out.sum().backward()
     state = {name: value.detach() for name, value in layer.state_dict().items()}
     learns = {name: p.grad is not None for name, p in layer.named_parameters()}
@@ -438,6 +444,8 @@ WRONG_SHAPES = {
     "one key for two latents": ((2, 2, 14), (2, 1, 6)),
     "two keys for one latent": ((2, 1, 14), (2, 2, 6)),
     "a rotary key a head": ((2, 1, 14), (2, 3, 1, 6)),
+    "one sequence without its axis": ((2, 14), (2, 6)),
+    "one token's numbers alone": ((14,), (6,)),
 }
 
 
