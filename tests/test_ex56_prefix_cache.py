@@ -71,6 +71,50 @@ def try_to_use(ex, n_blocks, block_size, steps, wrong):
     return refused, len(cache), [len(cache.evict(1)) for _ in range(3)]
 
 
+OTHERS = ["never here", "here and free", "evicted"]
+
+
+def release_together_with(ex, other):
+    """Let go two held blocks, together with one that nobody holds; what can be evicted then."""
+    cache = ex.PrefixCache(8, 2)
+    cache.insert([3, 3], ["c"])
+    name = ex.block_hashes([3, 3], 2)[0]
+    if other == "evicted":
+        cache.release(cache.match([3, 3, 0])[0])
+        cache.evict(1)
+    if other == "never here":
+        name = ex.block_hashes([7, 7], 2)[0]
+    cache.insert([1, 1, 2, 2], ["a", "b"])
+    held, _ = cache.match([1, 1, 2, 2, 9])
+    try:
+        cache.release([*held, name])
+    except ValueError:
+        return "ValueError", len(cache.evict(9))
+    return "", len(cache.evict(9))
+
+
+def release_at_once(ex, ids, times):
+    """What can be evicted while a text is held some times, and after one release of all of it."""
+    cache = ex.PrefixCache(8, 2)
+    cache.insert(ids, list(ids[::2]))
+    names = [name for _ in range(times) for name in cache.match([*ids, 0])[0]]
+    return [len(cache.evict(9)), cache.release(names), len(cache.evict(9))]
+
+
+def keep_objects(ex):
+    """Objects of several kinds, each the only block of a text: which ones come back as they are."""
+    kinds = {"None": None, "0": 0, "object": object(), "list": [], "tensor": torch.zeros(2)}
+    cache = ex.PrefixCache(8, 2)
+    for n, value in enumerate(kinds.values()):
+        cache.insert([n, n], [value])
+        cache.insert([n, n], ["another"])
+    found = [cache.match([n, n, 0])[1] for n in range(len(kinds))]
+    return {
+        kind: len(data) == 1 and data[0] is value
+        for (kind, value), data in zip(kinds.items(), found, strict=True)
+    }
+
+
 def serve(ex, sizes, weights, requests, n_blocks, block_size):
     """The last logits for each request in turn, and how many tokens were computed for it."""
     from ex43_kv_cache import KVCache
@@ -200,15 +244,25 @@ def test_blocks_have_one_hash_where_all_up_to_their_end_is_equal(attempt, texts,
         [[1, 23], [12, 3], [123, 0]],  # digits that run together
         [[5, 6], [6, 5], [11, 0]],
         [[1, 0], [257, 0], [65537, 0], [2**32 + 1, 0], [2**62 + 1, 0], [1, 1]],
+        [[n, n + k] for n in (2**24, 2**53, 2**62, 2**63 - 2) for k in (0, 1)],
         [[0, 0, 0, 0], [0, 0]],
         [[49_151, 0], [0, 49_151], [49_151, 49_151]],
     ],
-    ids=["context", "digits", "order", "large", "zeros", "vocabulary"],
+    ids=["context", "digits", "order", "large", "neighbours", "zeros", "vocabulary"],
 )
 def test_other_prefixes_have_other_hashes(attempt, texts):
     out = attempt(hashes, texts, 2)
 
     assert_close(out, by_prefixes(texts, 2))
+
+
+def test_a_block_has_another_hash_behind_each_of_many_beginnings(attempt):
+    # Of 1500 names two are alike in their first 16 bits, but for a chance of 3e-8.
+    texts = [[n, 5] for n in range(1500)]
+
+    out = attempt(hashes, texts, 1)
+
+    assert len({text[1] for text in out}) == 1500
 
 
 def test_a_hash_is_long_and_the_same_in_every_process(attempt, tmp_path, request):
@@ -293,6 +347,35 @@ def test_evicts_the_least_recently_used_and_children_before_parents(attempt):
     assert_close(out[-4:], [["1122", "114455"], 3, ["1144", "11", "33"], 0])
 
 
+@pytest.mark.parametrize("ids", [[1, 1, 2, 2, 9], [1, 1, 2, 2, 9, 9, 9]], ids=["whole", "in part"])
+def test_all_that_a_match_gives_counts_as_used(attempt, ids):
+    steps = [
+        ("insert", [1, 1, 2, 2], ["a", "b"]),
+        ("insert", [3, 3], ["c"]),
+        ("match", ids),
+        ("release", 0),
+        ("evict", 1),
+        ("evict", 9),
+    ]
+
+    out = attempt(use, 8, 2, steps)
+
+    assert_close(out[-4:], [["33"], 2, ["1122", "11"], 0])
+
+
+def test_evicts_nothing_where_there_is_room_for_what_is_new(attempt):
+    steps = [
+        ("insert", [1, 1], ["a"]),
+        ("insert", [3, 3], ["c"]),
+        ("insert", [1, 1, 2, 2], ["-", "b"]),  # room for three, and two are here
+        ("evict", 9),
+    ]
+
+    out = attempt(use, 3, 2, steps)
+
+    assert_close(out, [1, 1, 1, 2, 2, 3, ["33", "1122", "11"], 0])
+
+
 def test_keeps_what_somebody_holds(attempt):
     steps = [
         ("insert", [1, 1, 2, 2, 3, 3], ["a", "b", "c"]),
@@ -341,6 +424,12 @@ def test_a_block_that_is_here_keeps_what_it_has(attempt):
     assert_close(out[::2], [2, 2, ["a", "b"], ["a", "c"]])
 
 
+def test_gives_back_whatever_object_was_inserted(attempt):
+    out = attempt(keep_objects)
+
+    assert_close(out, dict.fromkeys(out, True))
+
+
 texts = st.lists(st.integers(0, 1), max_size=7)
 
 
@@ -380,11 +469,31 @@ def test_refuses_to_release_what_nobody_holds(attempt):
     assert_close(out, ("ValueError", 2, [0, 0, 0]))
 
 
+@pytest.mark.parametrize("other", OTHERS)
+def test_refuses_a_release_of_which_one_block_is_held_by_nobody(attempt, other):
+    out = attempt(release_together_with, other)
+
+    assert_close(out, ("ValueError", 0 if other == "evicted" else 1))  # the block "c"
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_lets_go_at_once_what_several_matches_have_given(attempt, times):
+    out = attempt(release_at_once, [1, 1, 2, 2], times)
+
+    assert_close(out, [0, None, 2])
+
+
 @pytest.mark.parametrize("n", [0, 1, 3])
 def test_refuses_data_that_are_not_one_for_each_whole_block(attempt, n):
     wrong = [[1, 1, 2, 2, 3], ["a", "b", "c"][:n]]
 
     out = attempt(try_to_use, 8, 2, [("insert", [5, 5], ["e"])], wrong)
+
+    assert_close(out, ("ValueError", 1, [1, 0, 0]))
+
+
+def test_refuses_data_for_a_text_without_a_whole_block(attempt):
+    out = attempt(try_to_use, 8, 2, [("insert", [5, 5], ["e"])], [[1], ["a"]])
 
     assert_close(out, ("ValueError", 1, [1, 0, 0]))
 
