@@ -22,7 +22,7 @@ def draw(ex) -> Figure:
     """Rows: DDIM and DDPM. Columns: numbers of steps; each with where 2,000 draws end."""
     figure = Figure(figsize=(12, 5.6), layout="constrained")
     figure.suptitle(
-        "The same noise: DDIM takes smooth paths, DDPM wanders; five steps leave many between the humps"
+        "The same noise: DDIM takes smooth paths, DDPM wanders. Five steps leave many in between"
     )
     counts = (5, 20, 1000)
     axes = figure.subplots(2, 2 * len(counts), sharey=True, width_ratios=(4, 1) * len(counts))
